@@ -1,0 +1,210 @@
+"""Every option a user can set, described once: dataclasses whose `help` the scripts and the README are made from.
+
+Light on purpose (no torch, no transformers): `scripts/*.py --help` reads it and must answer at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from e2mc_hf.errors import UsageError
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare a dataclass field with its default and its help text."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, name: str, rule: str, got: object, remedy: str) -> None:
+    """Raise a `UsageError` that names the parameter, the rule, the value got, and what to do."""
+    if not condition:
+        raise UsageError(f"`{name}` {rule}, got {got!r}. {remedy}")
+
+
+@dataclass
+class ModelArguments:
+    """Where the encoder comes from."""
+
+    model: str = option(
+        "resnet18",
+        "Encoder to start from: a Hub id, a timm name, a local folder, or the output of an earlier run (heads kept).",
+    )
+    model_revision: str | None = option(None, "Branch, tag or commit of the encoder on the Hub.")
+    from_scratch: bool = option(False, "Random weights on purpose; without it every weight must come from `model`.")
+    backbone_args: dict[str, Any] = option({}, "Arguments of the timm architecture, key=value (dynamic_img_size=true).")
+
+
+@dataclass
+class ObjectiveArguments:
+    """What the encoder is trained with."""
+
+    objective: str = option("vicreg", "Self-supervised objective: vicreg.")
+    objective_args: dict[str, Any] = option(
+        {}, "Options of the objective, key=value (projector_dim=512 projector_layers=3)."
+    )
+
+
+@dataclass
+class RegularizerArguments:
+    """The criterion added to the objective."""
+
+    regularizer: str = option("e2mc", "Criterion added to the objective: e2mc, or none for the control.")
+    regularizer_args: dict[str, Any] = option(
+        {}, "Options of the regularizer, key=value (entropy_weight=1000 covariance_weight=100 transform=sigmoid)."
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images."""
+
+    dataset: str = option(
+        "digits", "`digits` (embedded), a Hub dataset id, or a local folder (parquet or imagefolder)."
+    )
+    dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")
+    train_split: str = option("train", "Split to train on.")
+    image_column: str | None = option(None, "Column of the images; found by its feature type when not given.")
+    label_column: str | None = option(None, "Column of the labels (evaluation only); found by its type when not given.")
+    max_samples: int | None = option(
+        None, "Use the first `max_samples` images of a seeded shuffle; all when not given."
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_samples is None or self.max_samples >= 1,
+            "max_samples",
+            "must be at least 1",
+            self.max_samples,
+            "Leave it out to use every image.",
+        )
+
+
+@dataclass
+class ViewArguments:
+    """How the views of an image are drawn; the defaults are VICReg's recipe for photographs.
+
+    A list holds one value a view; one value alone counts for every view.
+    """
+
+    num_views: int = option(2, "Views of each image.")
+    image_size: int | None = option(None, "Side of a view in pixels; the encoder's own when not given.")
+    crop_scale: list[float] = option([0.08, 1.0], "Range of the crop's share of the image area.")
+    flip_prob: float = option(0.5, "Probability of a horizontal flip.")
+    rotation_degrees: float = option(0.0, "Largest rotation to either side, in degrees.")
+    jitter_prob: float = option(0.8, "Probability of color jitter.")
+    jitter_strength: list[float] = option([0.4, 0.4, 0.2, 0.1], "Brightness, contrast, saturation, hue of the jitter.")
+    grayscale_prob: float = option(0.2, "Probability of grayscale.")
+    blur_prob: list[float] = option([1.0, 0.1], "Probability of Gaussian blur, one value a view.")
+    solarize_prob: list[float] = option([0.0, 0.2], "Probability of solarization, one value a view.")
+
+    def __post_init__(self) -> None:
+        require(self.num_views >= 2, "num_views", "must be at least 2", self.num_views, "Pass --num_views 2 or more.")
+        require(
+            self.image_size is None or self.image_size >= 8,
+            "image_size",
+            "must be at least 8 pixels",
+            self.image_size,
+            "Leave it out to use the encoder's own size.",
+        )
+        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
+        require(
+            0 < low <= high <= 1,
+            "crop_scale",
+            "must be two numbers with 0 < low <= high <= 1",
+            self.crop_scale,
+            "Pass --crop_scale 0.08 1.0, for example.",
+        )
+        require(
+            len(self.jitter_strength) == 4 and all(strength >= 0 for strength in self.jitter_strength),
+            "jitter_strength",
+            "must be four non-negative numbers",
+            self.jitter_strength,
+            "Pass brightness, contrast, saturation and hue.",
+        )
+        for name in ("blur_prob", "solarize_prob"):
+            require(
+                len(getattr(self, name)) in (1, self.num_views),
+                name,
+                f"must hold one value, or one for each of the {self.num_views} views",
+                getattr(self, name),
+                "Pass one number to use it for every view.",
+            )
+        for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
+            value = getattr(self, name)
+            require(
+                all(0 <= prob <= 1 for prob in (value if isinstance(value, list) else [value])),
+                name,
+                "must lie between 0 and 1",
+                value,
+                "It is a probability.",
+            )
+
+
+@dataclass
+class EvaluationArguments:
+    """How frozen features are judged (scripts/evaluate.py)."""
+
+    train_split: str = option("train", "Split the probes are fitted on.")
+    test_split: str | None = option(None, "Split they are tested on; test or validation, whichever is there.")
+    label_fractions: list[float] = option([0.01, 0.1, 1.0], "Shares of the training labels the probe gets, stratified.")
+    num_draws: int = option(5, "Draws of the labels for each share below 1.")
+    num_neighbors: int = option(20, "k of the nearest-neighbor classifier.")
+    batch_size: int = option(64, "Images in one forward pass.")
+    num_workers: int = option(0, "Processes that decode images.")
+    seed: int = option(0, "Seed of the label draws.")
+    output: str = option("metrics.json", "File the results are written to.")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.label_fractions) and all(0 < share <= 1 for share in self.label_fractions),
+            "label_fractions",
+            "must lie in (0, 1]",
+            self.label_fractions,
+            "Pass --label_fractions 0.01 0.1 1.0, for example.",
+        )
+        for name in ("num_draws", "num_neighbors", "batch_size"):
+            require(
+                getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name), "Pass a positive number."
+            )
+        require(self.num_workers >= 0, "num_workers", "must not be negative", self.num_workers, "0 decodes in-process.")
+
+
+@dataclass
+class RunArguments:
+    """How the training runs: the fields of transformers.TrainingArguments that a continued run is about."""
+
+    output_dir: str | None = option(None, "Folder for the encoder, the heads, the log and the recipe as run.")
+    num_train_epochs: float = option(10.0, "Epochs to add.")
+    max_steps: int = option(-1, "Optimizer steps to take instead of epochs; -1 counts epochs.")
+    per_device_train_batch_size: int = option(256, "Images per step on each process.")
+    optimizer: str = option("lars", "lars, adamw or sgd; vectors (biases, norms) are neither decayed nor adapted.")
+    learning_rate: float = option(0.003, "Learning rate, as given: never scaled by the batch size.")
+    momentum: float = option(0.9, "Momentum of lars and sgd.")
+    weight_decay: float = option(1e-6, "Weight decay of matrices and convolutions.")
+    lr_scheduler_type: str = option("constant", "constant, cosine, or any other schedule of transformers.")
+    warmup_steps: float = option(0, "Steps of linear warm-up; below 1, a share of all steps.")
+    max_grad_norm: float = option(0.0, "Gradient norm to clip at; 0 does not clip.")
+    sync_batchnorm: bool = option(True, "Batch statistics over all processes, so that 2 processes equal 1.")
+    seed: int = option(0, "Seed of new heads, order and views.")
+    use_cpu: bool = option(False, "Train on the CPU; needed for several CPU processes.")
+    bf16: bool = option(False, "bfloat16 autocast; the criterion stays in float32.")
+    dataloader_num_workers: int = option(0, "Processes on each rank that decode and augment images.")
+    logging_steps: float = option(10, "Steps between two log lines.")
+    save_strategy: str = option("no", "no, epoch or steps: checkpoints to resume from, besides the final encoder.")
+    report_to: str = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
+
+    def __post_init__(self) -> None:
+        require(
+            self.optimizer in ("lars", "adamw", "sgd"),
+            "optimizer",
+            "must be lars, adamw or sgd",
+            self.optimizer,
+            "Pass --optimizer lars for the paper's.",
+        )
+        for name in ("learning_rate", "per_device_train_batch_size"):
+            require(getattr(self, name) > 0, name, "must be positive", getattr(self, name), "Pass a positive number.")
+        for name in ("weight_decay", "max_grad_norm"):
+            require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name), "0 turns it off.")
+        require(0 <= self.momentum < 1, "momentum", "must lie in [0, 1)", self.momentum, "The paper's is 0.9.")

@@ -1,0 +1,1 @@
+"""Images in, views out: sources, decoding, views, batches."""

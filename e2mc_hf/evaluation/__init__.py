@@ -1,0 +1,1 @@
+"""Frozen features judged: plain numbers out."""

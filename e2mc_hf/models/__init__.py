@@ -1,0 +1,1 @@
+"""Backbones of timm and transformers, and the model that is trained."""

@@ -1,0 +1,1 @@
+"""What leaves the house: the encoder as a folder others can load."""

@@ -1,0 +1,1 @@
+"""Criteria without positives: (V, N, D) embeddings in, a loss and its terms out."""
