@@ -108,6 +108,9 @@ class ViewArguments:
             self.image_size,
             "Leave it out to use the encoder's own size.",
         )
+        require(
+            self.rotation_degrees >= 0, "rotation_degrees", "must not be negative", self.rotation_degrees, "0 is off."
+        )
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
         require(
             0 < low <= high <= 1,
@@ -117,9 +120,9 @@ class ViewArguments:
             "Pass --crop_scale 0.08 1.0, for example.",
         )
         require(
-            len(self.jitter_strength) == 4 and all(strength >= 0 for strength in self.jitter_strength),
+            len(self.jitter_strength) == 4 and min(self.jitter_strength) >= 0 and self.jitter_strength[3] <= 0.5,
             "jitter_strength",
-            "must be four non-negative numbers",
+            "must be four non-negative numbers, the last at most 0.5",
             self.jitter_strength,
             "Pass brightness, contrast, saturation and hue.",
         )
