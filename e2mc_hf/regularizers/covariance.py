@@ -98,4 +98,5 @@ def _product_with_own_transpose(a: Float[Tensor, "n k"], block: int = 512) -> Fl
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """Sum of squares in float64: the Gram form subtracts two of them."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()

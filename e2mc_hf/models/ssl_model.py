@@ -1,0 +1,136 @@
+"""The model that is trained: a backbone and the objective on top of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from e2mc_hf.data.image_settings import ImageSettings
+from e2mc_hf.models.backbone import Backbone
+from e2mc_hf.objectives.registry import build_objective
+
+
+@dataclass
+class SSLOutput(ModelOutput):
+    """Loss of a batch, the embeddings a regularizer acts on, and the objective's terms.
+
+    Attributes:
+        loss: Objective of this process' images, scalar.
+        embeddings: Projector outputs before any normalization, (V, B, D).
+        terms: The objective's terms: scalars, unweighted, detached.
+    """
+
+    loss: Tensor | None = None
+    embeddings: Tensor | None = None
+    terms: dict[str, Tensor] | None = None
+
+
+class SSLConfig(PreTrainedConfig):
+    """Everything needed to build an `SSLModel` without weights.
+
+    Attributes:
+        backbone: Configuration of the backbone, as its `to_dict` gives it.
+        add_pooling_layer: False for a transformers model built without its pooler.
+        image_settings: What the backbone expects of its images.
+        num_features: F, width of the backbone's features.
+        objective: Name of the objective.
+        objective_args: Options of the objective.
+    """
+
+    model_type = "e2mc_ssl"
+
+    backbone: dict[str, Any] | None = None
+    add_pooling_layer: bool = True
+    image_settings: dict[str, Any] | None = None
+    num_features: int = 0
+    objective: str = "vicreg"
+    objective_args: dict[str, Any] | None = None
+
+
+class SSLModel(PreTrainedModel):
+    """A backbone with a self-supervised objective; `save_pretrained` keeps the heads.
+
+    Args:
+        config: Configuration of backbone and objective.
+        backbone: Backbone with its weights; one with random weights is built when not given.
+    """
+
+    config: SSLConfig
+    config_class = SSLConfig
+    base_model_prefix = ""
+    main_input_name = "views"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: SSLConfig, backbone: Backbone | None = None) -> None:
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else _build_backbone(config)
+        self.objective = build_objective(config.objective, config.objective_args or {}, config.num_features)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        objective: str = "vicreg",
+        objective_args: Mapping[str, Any] | None = None,
+        *,
+        image_size: int | None = None,
+    ) -> "SSLModel":
+        """Put new heads on a loaded backbone.
+
+        Args:
+            backbone: Backbone with its weights; taken over, not copied.
+            objective: Name of the objective.
+            objective_args: Options of the objective.
+            image_size: Side of the views in pixels; the backbone's own when not given.
+
+        Raises:
+            UsageError: If an option is unknown, or the backbone refuses views of that size.
+        """
+        config = SSLConfig(
+            backbone=backbone.model.config.to_dict(),
+            add_pooling_layer=getattr(backbone.model, "pooler", True) is not None,
+            image_settings=asdict(backbone.image_settings),
+            num_features=backbone.measure_num_features(image_size or backbone.image_settings.size),
+            objective=objective,
+            objective_args=dict(objective_args or {}),
+        )
+        return cls(config, backbone)
+
+    def encode(self, views: Sequence[Float[Tensor, "B 3 _ _"]]) -> list[Float[Tensor, "B F"]]:
+        """Features of each view; one pass a view, so that batch statistics are those of a view."""
+        return [self.backbone(view) for view in views]
+
+    def forward(self, views: Sequence[Tensor], return_loss: bool = True) -> SSLOutput:
+        """Score the views of a batch.
+
+        Args:
+            views: V tensors (B, 3, H_v, W_v), normalized by `backbone.image_settings`.
+            return_loss: Kept for the Trainer, which evaluates a loss without labels only when this parameter exists.
+
+        Returns:
+            Loss, embeddings (V, B, D) and terms.
+        """
+        return SSLOutput(*self.objective(self.encode(views)))
+
+    def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
+        """Report none: the Trainer's estimate counts tokens."""
+        return 0
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every module as its own constructor initialized it."""
+
+
+def _build_backbone(config: SSLConfig) -> Backbone:
+    options = dict(config.backbone or {})
+    kind = CONFIG_MAPPING[options.pop("model_type")]
+    extra = {} if config.add_pooling_layer else {"add_pooling_layer": False}
+    model: PreTrainedModel = AutoModel.from_config(kind.from_dict(options), **extra)
+    settings = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in (config.image_settings or {}).items()
+    }
+    return Backbone(model, ImageSettings(**settings))
