@@ -64,7 +64,7 @@ class DataArguments:
     )
     dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")
-    train_split: str = option("train", "Split to train on.")
+    train_split: str = option("train", "Split to train on, or to fit the probes on.")
     image_column: str | None = option(None, "Column of the images; found by its feature type when not given.")
     label_column: str | None = option(None, "Column of the labels (evaluation only); found by its type when not given.")
     max_samples: int | None = option(
@@ -149,7 +149,6 @@ class ViewArguments:
 class EvaluationArguments:
     """How frozen features are judged (scripts/evaluate.py)."""
 
-    train_split: str = option("train", "Split the probes are fitted on.")
     test_split: str | None = option(None, "Split they are tested on; test or validation, whichever is there.")
     label_fractions: list[float] = option([0.01, 0.1, 1.0], "Shares of the training labels the probe gets, stratified.")
     num_draws: int = option(5, "Draws of the labels for each share below 1.")
@@ -171,7 +170,8 @@ class EvaluationArguments:
             require(
                 getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name), "Pass a positive number."
             )
-        require(self.num_workers >= 0, "num_workers", "must not be negative", self.num_workers, "0 decodes in-process.")
+        for name in ("num_workers", "seed"):
+            require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name), "Pass 0 or more.")
 
 
 @dataclass
@@ -179,6 +179,7 @@ class RunArguments:
     """How the training runs: the fields of transformers.TrainingArguments that a continued run is about."""
 
     output_dir: str | None = option(None, "Folder for the encoder, the heads, the log and the recipe as run.")
+    overwrite: bool = option(False, "Replace an earlier run in `output_dir`.")
     num_train_epochs: float = option(10.0, "Epochs to add.")
     max_steps: int = option(-1, "Optimizer steps to take instead of epochs; -1 counts epochs.")
     per_device_train_batch_size: int = option(256, "Images per step on each process.")
@@ -196,7 +197,7 @@ class RunArguments:
     dataloader_num_workers: int = option(0, "Processes on each rank that decode and augment images.")
     logging_steps: float = option(10, "Steps between two log lines.")
     save_strategy: str = option("no", "no, epoch or steps: checkpoints to resume from, besides the final encoder.")
-    report_to: str = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
+    report_to: None | str | list[str] = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
 
     def __post_init__(self) -> None:
         require(
@@ -208,6 +209,6 @@ class RunArguments:
         )
         for name in ("learning_rate", "per_device_train_batch_size"):
             require(getattr(self, name) > 0, name, "must be positive", getattr(self, name), "Pass a positive number.")
-        for name in ("weight_decay", "max_grad_norm"):
-            require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name), "0 turns it off.")
+        for name in ("weight_decay", "max_grad_norm", "seed"):
+            require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name), "Pass 0 or more.")
         require(0 <= self.momentum < 1, "momentum", "must lie in [0, 1)", self.momentum, "The paper's is 0.9.")

@@ -34,6 +34,7 @@ class ImageSource:
         label_column: Column of the labels; None if there is none, or no single one.
         name: `digits`, the folder's name, or the Hub id.
         revision: Commit of a Hub dataset; None for any other.
+        split: Split the images are of.
     """
 
     dataset: Dataset
@@ -41,6 +42,7 @@ class ImageSource:
     label_column: str | None
     name: str
     revision: str | None
+    split: str = "train"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -163,6 +165,7 @@ def _select(arguments: DataArguments, splits: Mapping[str, Dataset], split: str)
         label_column=label_column,
         name=path.resolve().name if path.is_dir() else arguments.dataset,
         revision=_commit(splits[split]),
+        split=split,
     )
 
 

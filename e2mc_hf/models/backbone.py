@@ -66,7 +66,8 @@ class Backbone(nn.Module):
         training = self.training
         self.eval()
         try:
-            return self(self._black_image(image_size)).shape[1]
+            features: Tensor = self(self._black_image(image_size))
+            return features.shape[1]
         except (AssertionError, RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
             raise UsageError(

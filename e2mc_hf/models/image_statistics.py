@@ -39,7 +39,7 @@ def settings_of_processor(name_or_path: str, revision: str | None, fallback_size
         size=size,
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),
-        interpolation=_INTERPOLATIONS.get(getattr(processor, "resample", None), "bilinear"),
+        interpolation=_INTERPOLATIONS.get(getattr(processor, "resample", PILImageResampling.BILINEAR), "bilinear"),
         crop_share=size / resized,
     )
 

@@ -80,17 +80,17 @@ def _new_timm_backbone(name: str, options: dict[str, Any], image_size: int | Non
     pretrained_cfg = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict(remove_source=True)
     if image_size is not None:
         pretrained_cfg |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "pool_size": None}
-    config = TimmWrapperConfig(
-        architecture=name.split(".")[0], model_args=options, num_labels=0, pretrained_cfg=pretrained_cfg
-    )
+    described = {"architecture": name.split(".")[0], "num_labels": 0, "pretrained_cfg": pretrained_cfg}
+    config = TimmWrapperConfig(model_args=options, **described)
     return Backbone(_build(config), settings_of_timm(pretrained_cfg))
 
 
 def _build(config: Any) -> PreTrainedModel:
     try:
-        return AutoModel.from_config(config)
+        model: PreTrainedModel = AutoModel.from_config(config)
     except TypeError as error:
         raise UsageError(f"`backbone_args` do not fit the architecture: {error}. Correct or drop them.") from error
+    return model
 
 
 def _hub_id_of_timm(name: str) -> str:
@@ -126,6 +126,7 @@ def _read_config(name: str, revision: str | None, options: dict[str, Any]) -> An
 
 def _load_model(name: str, revision: str | None, config: Any) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": revision, "config": config, "dtype": torch.float32}
+    model: PreTrainedModel
     try:
         model, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
         if any(key.startswith("pooler.dense") for key in report["missing_keys"]):

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from e2mc_hf.data.image_settings import ImageSettings
 from e2mc_hf.models.backbone import Backbone
@@ -69,7 +69,7 @@ class SSLModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = backbone if backbone is not None else _build_backbone(config)
         self.objective = build_objective(config.objective, config.objective_args or {}, config.num_features)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_backbone(
@@ -117,10 +117,6 @@ class SSLModel(PreTrainedModel):
         """
         return SSLOutput(*self.objective(self.encode(views)))
 
-    def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
-        """Report none: the Trainer's estimate counts tokens."""
-        return 0
-
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its own constructor initialized it."""
 
@@ -130,7 +126,7 @@ def _build_backbone(config: SSLConfig) -> Backbone:
     kind = CONFIG_MAPPING[options.pop("model_type")]
     extra = {} if config.add_pooling_layer else {"add_pooling_layer": False}
     model: PreTrainedModel = AutoModel.from_config(kind.from_dict(options), **extra)
-    settings = {
+    settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in (config.image_settings or {}).items()
     }
     return Backbone(model, ImageSettings(**settings))

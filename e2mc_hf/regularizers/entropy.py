@@ -214,4 +214,5 @@ def _kernel_density_block(x: Float[Tensor, "N d"], bandwidth: float | None, eps:
     kernel = (scaled[:, :, None] - scaled[:, None, :]).square().mul(-0.5).exp()
     others = kernel.sum(dim=2) - 1
     density = others / ((num_samples - 1) * math.sqrt(2 * math.pi) * width[:, None])
-    return -(density + eps).log().mean(dim=1)
+    entropy: Tensor = -(density + eps).log().mean(dim=1)
+    return entropy

@@ -1,0 +1,78 @@
+"""Training arguments: those of transformers, with the defaults and the rules of continued pretraining."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from e2mc_hf.arguments import RegularizerArguments, RunArguments, require
+
+
+@dataclass
+class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with a regularizer, and the defaults of `RunArguments`.
+
+    Raises:
+        UsageError: If an option breaks a rule, or would silently change what is trained.
+    """
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: a batch holds views."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss is shown."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "On: every batch has the full statistics."})
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Images whose batch statistics are evaluated together on each process."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: parameters that the features do not use are frozen beforehand."}
+    )
+
+    def __post_init__(self) -> None:
+        RunArguments.__post_init__(self)
+        defaults = self.__dataclass_fields__
+        require(
+            self.gradient_accumulation_steps == 1,
+            "gradient_accumulation_steps",
+            "must be 1: accumulation does not enlarge the batch whose statistics the losses are about",
+            self.gradient_accumulation_steps,
+            "Raise per_device_train_batch_size or the number of processes.",
+        )
+        require(
+            not self.remove_unused_columns,
+            "remove_unused_columns",
+            "must stay false: it would remove the images",
+            self.remove_unused_columns,
+            "Leave it out.",
+        )
+        require(
+            self.optim == defaults["optim"].default,
+            "optim",
+            "has no effect here",
+            str(self.optim),
+            "Choose with --optimizer lars, adamw or sgd.",
+        )
+        require(
+            self.num_train_epochs > 0 or self.max_steps > 0,
+            "num_train_epochs",
+            "must be positive unless max_steps is given",
+            self.num_train_epochs,
+            "The paper adds 10 epochs.",
+        )
+        TrainingArguments.__post_init__(self)
+
+    def regularizer_options(self) -> dict[str, Any]:
+        """Options of the regularizer as given, for `build_regularizer`."""
+        return dict(self.regularizer_args)
+
+    def checked_output_dir(self) -> Path:
+        """Output folder, given and not in use.
+
+        Raises:
+            UsageError: If there is none, it is a file, or it holds an earlier run.
+        """
+        require(self.output_dir is not None, "output_dir", "must be given", self.output_dir, "Pass --output_dir.")
+        folder = Path(self.output_dir or "")
+        require(not folder.is_file(), "output_dir", "must be a folder", str(folder), "Pass another path.")
+        occupied = (folder / "config.json").exists() and not self.resume_from_checkpoint and not self.overwrite
+        require(not occupied, "output_dir", "holds an earlier run", str(folder), "Pass another, or --overwrite.")
+        return folder

@@ -1,0 +1,160 @@
+"""The Trainer that adds a regularizer to a self-supervised objective."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from e2mc_hf.arguments import require
+from e2mc_hf.data.dataset import ViewDataset
+from e2mc_hf.data.loader import ViewLoader
+from e2mc_hf.distributed import all_gather
+from e2mc_hf.models.batch_norm import synchronize_batch_norm
+from e2mc_hf.regularizers.registry import build_regularizer
+from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.optimizers import build_optimizer
+from e2mc_hf.training.terms import TermAverages
+
+
+class E2MCTrainer(Trainer):
+    """`transformers.Trainer` whose loss is the model's own plus a regularizer of the embeddings of all processes.
+
+    Works with any model whose output has `loss` (scalar), `embeddings` (V, B, D) and, optionally, `terms`. Every term
+    is logged unweighted, averaged over steps and processes, at training and at evaluation. Without a regularizer the
+    loss is the model's own, bit for bit: the control.
+
+    Args:
+        model: Model to train; its batch normalization is made global when `args.sync_batchnorm` says so.
+        args: Arguments of the run.
+        train_dataset: `ViewDataset`, cut into global batches by the package; any other dataset is left to
+            transformers and needs a `data_collator`.
+        eval_dataset: Likewise, for the loss on held-out images.
+        regularizer: Module from (V, N, D) to `RegularizerOutput`; built from `args.regularizer` when not given.
+        **kwargs: Further arguments of `transformers.Trainer`.
+
+    Raises:
+        UsageError: If the batch of all processes is too small for its statistics, or an option is unknown.
+        FloatingPointError: While training, if the loss is not finite; the weights are those of the step before.
+    """
+
+    args: E2MCTrainingArguments
+    model: nn.Module
+
+    # The loss is a mean over the batch; transformers must not rescale it by counts of labels.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: E2MCTrainingArguments,
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | None = None,
+        *,
+        regularizer: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        global_batch = args.per_device_train_batch_size * args.world_size
+        require(
+            global_batch >= 4,
+            "per_device_train_batch_size",
+            f"times {args.world_size} processes must be at least 4",
+            args.per_device_train_batch_size,
+            "Batch statistics need more samples.",
+        )
+        self.regularizer = regularizer or build_regularizer(args.regularizer, args.regularizer_options())
+        self._terms = {"train": TermAverages(), "eval": TermAverages()}
+        if args.sync_batchnorm:
+            model = synchronize_batch_norm(model, args.device)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of the objective plus the regularizer on the embeddings of all processes."""
+        outputs = model(**inputs)
+        loss, terms = outputs["loss"], dict(outputs.get("terms") or {})
+        if self.regularizer is not None:
+            regularization = self.regularizer(all_gather(outputs["embeddings"], dim=1))
+            repeated = terms.keys() & regularization.terms.keys()
+            assert not repeated, f"objective and regularizer both log {repeated}"
+            terms |= {"objective_loss": loss, **regularization.terms}
+            loss = loss + regularization.loss
+        self._terms["train" if model.training else "eval"].add(terms)
+        if not math.isfinite(loss.item()):
+            values = {name: term.item() for name, term in terms.items()}
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}; terms: {values}")
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the means of the terms since the last training log."""
+        if "loss" in logs:
+            logs = logs | self._terms["train"].pop(self._mean_over_processes)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as transformers does, and report the terms beside the loss."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        terms = self._terms["eval"].pop(self._mean_over_processes)
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in terms.items()})
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer of `args.optimizer`."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(
+                self.model if model is None else model,
+                self.args.optimizer,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                momentum=self.args.momentum,
+            )
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Count none: transformers' estimate is for tokens."""
+        return 0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Global batches of views, cut by rank here and not by accelerate."""
+        if isinstance(self.train_dataset, ViewDataset):
+            return self._view_loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Dataset[Any] | str | None = None) -> DataLoader[Any]:
+        """Global batches of views in the order of the dataset."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, ViewDataset):
+            return self._view_loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _view_loader(self, dataset: ViewDataset, batch_size: int, *, shuffle: bool) -> ViewLoader:
+        return ViewLoader(
+            dataset,
+            batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.seed,
+            shuffle=shuffle,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return torch.as_tensor(self.accelerator.reduce(values, reduction="mean"))

@@ -1,0 +1,113 @@
+"""Continue the pretraining of a vision encoder with E2MC, or without it as the control.
+
+  python scripts/continue_pretrain.py [recipe.yaml] --model resnet18 --dataset ./photos --output_dir runs/mine
+  torchrun --nproc_per_node 2 scripts/continue_pretrain.py recipe.yaml --use_cpu
+
+The recipe is YAML with the options below by name; flags override it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from e2mc_hf.arguments import (
+    DataArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    RegularizerArguments,
+    RunArguments,
+    ViewArguments,
+)
+from e2mc_hf.command_line import Options, build_parser, one_line_errors, read_options, refuse_unknown, take
+
+if TYPE_CHECKING:
+    from e2mc_hf.training.trainer import E2MCTrainer
+
+GROUPS = {
+    "encoder": ModelArguments,
+    "objective": ObjectiveArguments,
+    "regularizer": RegularizerArguments,
+    "images": DataArguments,
+    "views": ViewArguments,
+    "run": RunArguments,
+}
+EPILOG = "Any other field of transformers.TrainingArguments is a flag by its name, such as --torch_compile true."
+
+
+def parse(argv: list[str] | None) -> Options:
+    """Options of the recipe and the command line; answers --help before anything heavy is imported."""
+    parser = build_parser(__doc__, GROUPS, EPILOG)
+    words = sys.argv[1:] if argv is None else argv
+    recipe = words[0] if words and not words[0].startswith("-") else None
+    namespace, rest = parser.parse_known_args(words[1:] if recipe else words)
+    return read_options(namespace, GROUPS, recipe, rest)
+
+
+def run(options: Options) -> None:
+    """Load everything, then train, export and write down what was done; nothing is written before the training."""
+    from dataclasses import fields
+
+    from transformers import set_seed
+
+    from e2mc_hf.data.dataset import ViewDataset
+    from e2mc_hf.data.sources import load_images
+    from e2mc_hf.data.views import ViewTransform
+    from e2mc_hf.models.starting_point import load_starting_point
+    from e2mc_hf.training.arguments import E2MCTrainingArguments
+    from e2mc_hf.training.launch import check_world
+    from e2mc_hf.training.trainer import E2MCTrainer
+
+    given = dict(options)
+    model_arguments, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
+    data, views = take(options, DataArguments), take(options, ViewArguments)
+    training = take(options, E2MCTrainingArguments)
+    refuse_unknown(
+        options, [field.name for kind in (*GROUPS.values(), E2MCTrainingArguments) for field in fields(kind)]
+    )
+    check_world(training.world_size)
+    output_dir = training.checked_output_dir()
+
+    set_seed(training.seed)
+    model = load_starting_point(
+        model_arguments.model,
+        revision=model_arguments.model_revision,
+        from_scratch=model_arguments.from_scratch,
+        backbone_args=model_arguments.backbone_args,
+        objective=objective.objective,
+        objective_args=objective.objective_args,
+        image_size=views.image_size,
+    )
+    source = load_images(data, data.train_split)
+    dataset = ViewDataset(source, ViewTransform(views, model.backbone.image_settings), seed=training.seed)
+    dataset[0]  # an unreadable image or a view that cannot be drawn shows before anything is written
+
+    trainer = E2MCTrainer(model, training, dataset)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        finish(trainer, output_dir, given)
+    trainer.accelerator.end_training()
+
+
+def finish(trainer: "E2MCTrainer", output_dir: Path, given: Options) -> None:
+    """Write model, encoder, log and recipe."""
+    import yaml
+
+    from e2mc_hf.publishing.encoder import export_encoder
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(output_dir)
+    (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    (output_dir / "recipe.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    difference = export_encoder(model.backbone, output_dir / "encoder")
+    print(f"Encoder: {output_dir / 'encoder'}; reloaded, its features differ by at most {difference:.1e}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    with one_line_errors():
+        run(parse(argv))
+
+
+if __name__ == "__main__":
+    main()
