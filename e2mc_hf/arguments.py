@@ -197,7 +197,7 @@ class RunArguments:
     dataloader_num_workers: int = option(0, "Processes on each rank that decode and augment images.")
     logging_steps: float = option(10, "Steps between two log lines.")
     save_strategy: str = option("no", "no, epoch or steps: checkpoints to resume from, besides the final encoder.")
-    report_to: None | str | list[str] = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
+    report_to: str | list[str] | None = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
 
     def __post_init__(self) -> None:
         require(
