@@ -24,7 +24,8 @@ class SSLOutput(ModelOutput):
         terms: The objective's terms: scalars, unweighted, detached.
     """
 
-    loss: Tensor | None = None
+    # A Tensor; typed loosely because ModelOutput also takes all fields as one mapping in this place (autocast does so).
+    loss: Any = None
     embeddings: Tensor | None = None
     terms: dict[str, Tensor] | None = None
 
