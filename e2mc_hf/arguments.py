@@ -120,7 +120,9 @@ class ViewArguments:
             "Pass --crop_scale 0.08 1.0, for example.",
         )
         require(
-            len(self.jitter_strength) == 4 and min(self.jitter_strength) >= 0 and self.jitter_strength[3] <= 0.5,
+            len(self.jitter_strength) == 4
+            and all(strength >= 0 for strength in self.jitter_strength)
+            and self.jitter_strength[3] <= 0.5,
             "jitter_strength",
             "must be four non-negative numbers, the last at most 0.5",
             self.jitter_strength,
@@ -207,8 +209,22 @@ class RunArguments:
             self.optimizer,
             "Pass --optimizer lars for the paper's.",
         )
-        for name in ("learning_rate", "per_device_train_batch_size"):
+        for name in ("learning_rate", "per_device_train_batch_size", "logging_steps"):
             require(getattr(self, name) > 0, name, "must be positive", getattr(self, name), "Pass a positive number.")
-        for name in ("weight_decay", "max_grad_norm", "seed"):
+        require(
+            self.optimizer != "lars" or self.weight_decay > 0,
+            "weight_decay",
+            "must be positive for lars, which adapts only decayed parameters",
+            self.weight_decay,
+            "The paper's is 1e-6.",
+        )
+        require(
+            self.max_steps == -1 or self.max_steps >= 1,
+            "max_steps",
+            "must be at least 1, or -1 to count epochs",
+            self.max_steps,
+            "Leave it out to train for num_train_epochs.",
+        )
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"):
             require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name), "Pass 0 or more.")
         require(0 <= self.momentum < 1, "momentum", "must lie in [0, 1)", self.momentum, "The paper's is 0.9.")

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import math
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,7 +19,15 @@ from e2mc_hf.options import suggestion
 Options = dict[str, Any]
 Kind = TypeVar("Kind")
 Groups = Mapping[str, type]  # title of the group -> dataclass of its options
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# The core schema of YAML 1.2. PyYAML's 1.1 reads 1e-6 as text, no as false, 0123 as 83 and 2024-01-01 as a date.
+_YAML_VALUES = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": "<<",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -63,13 +74,16 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def _arity(annotation: Any) -> dict[str, Any]:
-    if annotation is bool:
-        return {"nargs": "?", "const": "true", "metavar": "BOOL"}
-    if typing.get_origin(annotation) is list:
-        return {"nargs": "+", "metavar": "X"}
-    if typing.get_origin(annotation) is dict:
+    kinds = _kinds(annotation)
+    metavar = {bool: "BOOL", int: "N", float: "X"}.get(kinds[0], "NAME")
+    if kinds == [bool]:
+        return {"nargs": "?", "const": "true", "metavar": metavar}
+    origins = [typing.get_origin(kind) for kind in kinds]
+    if dict in origins:
         return {"nargs": "*", "metavar": "KEY=VALUE"}
-    return {"metavar": {int: "N", float: "X"}.get(annotation, "NAME")}
+    if list in origins:
+        return {"nargs": "+", "metavar": metavar if kinds[0] is str else "X"}
+    return {"metavar": metavar}
 
 
 def _shown_default(field: Any) -> str:
@@ -101,7 +115,7 @@ def read_options(namespace: argparse.Namespace, groups: Groups, recipe: str | No
 
 
 def read_recipe(path: str) -> Options:
-    """Read a YAML recipe: a flat mapping from options to values.
+    """Read a YAML 1.2 recipe: a flat mapping from options to values; an empty file gives none.
 
     Raises:
         UsageError: If there is no such file, or it holds something else.
@@ -109,18 +123,47 @@ def read_recipe(path: str) -> Options:
     import yaml
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"`recipe` must be a YAML file, got {path!r}: {' '.join(str(error).split())}.") from error
+        recipe = _read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise UsageError(f"`recipe` must be a YAML file, got {path!r}: {cause}. Check its path and text.") from error
+    if recipe is None:
+        return {}
     if not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
-        raise UsageError(f"`recipe` must map options to values, got {type(recipe).__name__} in {path!r}.")
+        got = f"the names {list(recipe)}" if isinstance(recipe, dict) else f"a {type(recipe).__name__}"
+        raise UsageError(f"`recipe` must map options to values, got {got} in {path!r}. Write lines `option: value`.")
     return recipe
 
 
+def recipe_text(options: Options) -> str:
+    """Write options as YAML that `read_recipe`, and any reader of YAML 1.1, reads back equal."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes what either version of YAML would not read as text."""
+
+    _add_resolvers(Dumper)
+    return yaml.dump(options, Dumper=Dumper, sort_keys=False)
+
+
 def take(options: Options, kind: Callable[..., Kind]) -> Kind:
-    """Build a dataclass from those of the options that are its own, and remove them from `options`."""
-    own = [field.name for field in dataclasses.fields(typing.cast(Any, kind)) if field.name in options]
-    return kind(**{name: options.pop(name) for name in own})
+    """Build a dataclass from those of the options that are its own, and remove them from `options`.
+
+    Raises:
+        UsageError: If a value is not of its option's type, or the dataclass refuses it.
+    """
+    annotations = {name: annotation for name, (annotation, _) in _options_of(typing.cast(type, kind)).items()}
+    own = {name: _convert(name, annotations[name], options.pop(name)) for name in annotations if name in options}
+    try:
+        return kind(**own)
+    except UsageError:
+        raise
+    except ValueError as error:  # transformers' own checks say neither which option nor in which way
+        message = " ".join(str(error).split())
+        words = re.findall(r"\w+", message)
+        at_fault = [name for word in words for name, value in own.items() if word in (name, str(value))]
+        named = f"`{at_fault[0]}` {own[at_fault[0]]!r}" if at_fault else f"one of the {kind.__name__}"
+        raise UsageError(f"{named} is refused: {message.rstrip('.')}. Pass another value.") from error
 
 
 def refuse_unknown(options: Options, known: Sequence[str]) -> None:
@@ -131,63 +174,116 @@ def refuse_unknown(options: Options, known: Sequence[str]) -> None:
 
 def _options_of(kind: type) -> dict[str, tuple[Any, Any]]:
     hints = typing.get_type_hints(kind)
-    return {field.name: (_required(hints[field.name]), field) for field in dataclasses.fields(kind)}
+    return {field.name: (hints[field.name], field) for field in dataclasses.fields(kind) if field.init}
 
 
-def _required(annotation: Any) -> Any:
-    """Annotation without its `| None`."""
-    if isinstance(annotation, types.UnionType):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation
+def _kinds(annotation: Any) -> list[Any]:
+    """Types an option may have, without None."""
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return [kind for kind in (typing.get_args(annotation) if is_union else [annotation]) if kind is not type(None)]
 
 
 def _unknown_flags(rest: Sequence[str]) -> Options:
-    import yaml
-
-    options: Options = {}
-    name = None
+    words_of: dict[str, list[str]] = {}
     for word in rest:
         if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            options[name] = yaml.safe_load(value) if value else True
-        elif name is None:
-            raise UsageError(f"{word!r} is not a flag. Flags start with --; the recipe comes first.")
+            name, separator, value = word[2:].partition("=")
+            words = words_of[name] = [value] if separator else []
+        elif not words_of:
+            raise UsageError(f"{word!r} is not a flag. Flags start with --; anything else comes before them.")
         else:
-            options[name] = yaml.safe_load(word)
-    return options
+            words.append(word)
+    values = {name: [_read_word(word) for word in words] for name, words in words_of.items()}
+    return {name: parts if len(parts) > 1 else (parts or [True])[0] for name, parts in values.items()}
 
 
 def _convert(name: str, annotation: Any, value: Any) -> Any:
     """Value as its option's type, from YAML or from the words of a flag."""
-    if value is None:
-        return None
-    origin = typing.get_origin(annotation)
-    try:
-        if origin is list:
-            (item,) = typing.get_args(annotation)
-            return [_scalar(item, part) for part in (value if isinstance(value, list) else [value])]
-        if origin is dict:
-            return value if isinstance(value, dict) else _key_values(value)
-        return _scalar(annotation, value)
-    except (KeyError, TypeError, ValueError) as error:
-        kind = getattr(annotation, "__name__", str(annotation)) if origin is None else str(annotation)
-        raise UsageError(
-            f"`{name}` must be of type {kind}, got {value!r}. Correct it in the recipe or flag."
-        ) from error
+    kinds = _kinds(annotation)
+    if (value is None and annotation not in kinds) or (isinstance(value, str) and str in kinds):
+        return value
+    for kind in kinds:
+        try:
+            return _as_kind(kind, value)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+    expected = " or ".join(str(kind) if typing.get_origin(kind) else kind.__name__ for kind in kinds)
+    raise UsageError(f"`{name}` must be of type {expected}, got {value!r}. Correct it in the recipe or flag.")
 
 
-def _scalar(kind: type, value: Any) -> Any:
+def _as_kind(kind: Any, value: Any) -> Any:
+    """Value as one type; any of four exceptions if it is none."""
+    origin = typing.get_origin(kind) or kind
+    if origin is list:
+        (item,) = typing.get_args(kind)
+        return [_scalar(item, part) for part in (value if isinstance(value, list) else [value])]
+    if origin is dict:
+        return _named(value) if isinstance(value, dict) else _key_values(value)
+    return _scalar(kind, value)
+
+
+def _scalar(kind: Any, value: Any) -> Any:
     if kind is bool:
         return value if isinstance(value, bool) else _TRUTH[str(value).lower()]
-    if isinstance(value, (bool, list, dict)):
+    # A number that reads as another one, or as other text, is refused: 2.7 as 2, a revision 12e45 as 1.2e+46.
+    if value is None or isinstance(value, (bool, list, dict)) or (isinstance(value, float) and kind in (int, str)):
         raise TypeError(value)
-    return kind(value)
+    scalar = kind(value)
+    if isinstance(scalar, float) and not math.isfinite(scalar):
+        raise ValueError(value)
+    return scalar
 
 
-def _key_values(words: Sequence[str]) -> Options:
+def _named(options: dict[Any, Any]) -> Options:
+    if not all(isinstance(name, str) for name in options):
+        raise TypeError(options)
+    return options
+
+
+def _key_values(words: Any) -> Options:
+    if not isinstance(words, list):
+        raise TypeError(words)
+    pairs = [word.partition("=") for word in words]
+    if not all(key and separator for key, separator, _ in pairs):
+        raise ValueError(words)
+    return {key: _read_word(value) for key, _, value in pairs}
+
+
+def _read_word(word: str) -> Any:
+    """One word of a command line as YAML reads it; text stays as it is."""
     import yaml
 
-    pairs = [word.partition("=") for word in words]
-    if not all(separator for _, separator, _ in pairs):
-        raise ValueError(words)
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        value = _read_yaml(word)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return word
+    return word if isinstance(value, str) and word[0] not in "'\"" else value
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.load(text, Loader=_yaml_loader())
+
+
+@cache
+def _yaml_loader() -> Any:
+    """Class of a safe loader for YAML 1.2 that refuses a name given twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            for position, name in enumerate(names):
+                if name in names[:position]:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    Loader.yaml_implicit_resolvers = {}
+    _add_resolvers(Loader)
+    return Loader
+
+
+def _add_resolvers(kind: Any) -> None:
+    for tag, pattern in _YAML_VALUES.items():
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"), None)

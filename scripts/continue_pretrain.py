@@ -18,8 +18,9 @@ from e2mc_hf.arguments import (
     RegularizerArguments,
     RunArguments,
     ViewArguments,
+    require,
 )
-from e2mc_hf.command_line import Options, build_parser, one_line_errors, read_options, refuse_unknown, take
+from e2mc_hf.command_line import Options, build_parser, one_line_errors, read_options, recipe_text, refuse_unknown, take
 
 if TYPE_CHECKING:
     from e2mc_hf.training.trainer import E2MCTrainer
@@ -49,6 +50,7 @@ def run(options: Options) -> None:
     from dataclasses import fields
 
     from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
 
     from e2mc_hf.data.dataset import ViewDataset
     from e2mc_hf.data.sources import load_images
@@ -58,6 +60,7 @@ def run(options: Options) -> None:
     from e2mc_hf.training.launch import check_world
     from e2mc_hf.training.trainer import E2MCTrainer
 
+    disable_progress_bar()  # those of loading and saving; the training keeps its own
     given = dict(options)
     model_arguments, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
     data, views = take(options, DataArguments), take(options, ViewArguments)
@@ -66,6 +69,13 @@ def run(options: Options) -> None:
         options, [field.name for kind in (*GROUPS.values(), E2MCTrainingArguments) for field in fields(kind)]
     )
     check_world(training.world_size)
+    require(
+        str(training.eval_strategy.value) == "no",
+        "eval_strategy",
+        "must be no",
+        training.eval_strategy.value,
+        "Use evaluate.py.",
+    )
     output_dir = training.checked_output_dir()
 
     set_seed(training.seed)
@@ -77,6 +87,7 @@ def run(options: Options) -> None:
         objective=objective.objective,
         objective_args=objective.objective_args,
         image_size=views.image_size,
+        num_views=views.num_views,
     )
     source = load_images(data, data.train_split)
     dataset = ViewDataset(source, ViewTransform(views, model.backbone.image_settings), seed=training.seed)
@@ -91,14 +102,12 @@ def run(options: Options) -> None:
 
 def finish(trainer: "E2MCTrainer", output_dir: Path, given: Options) -> None:
     """Write model, encoder, log and recipe."""
-    import yaml
-
     from e2mc_hf.publishing.encoder import export_encoder
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(output_dir)
     (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    (output_dir / "recipe.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    (output_dir / "recipe.yaml").write_text(recipe_text(given))
     difference = export_encoder(model.backbone, output_dir / "encoder")
     print(f"Encoder: {output_dir / 'encoder'}; reloaded, its features differ by at most {difference:.1e}.")
 

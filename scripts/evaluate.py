@@ -35,6 +35,7 @@ def parse(argv: list[str] | None) -> tuple[list[str], Options]:
 def run(encoders: list[str], options: Options) -> None:
     """Load the images and every encoder, measure, write, print."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from e2mc_hf.data.dataset import EvaluationDataset
     from e2mc_hf.data.sources import load_images, load_test_images
@@ -44,6 +45,7 @@ def run(encoders: list[str], options: Options) -> None:
     from e2mc_hf.evaluation.results_table import results_table
     from e2mc_hf.models.loading import load_backbone
 
+    disable_progress_bar()  # those of loading; the features keep theirs
     given = dict(options)
     data, protocol = take(options, DataArguments), take(options, EvaluationArguments)
     refuse_unknown(options, [field.name for kind in GROUPS.values() for field in dataclasses.fields(kind)])

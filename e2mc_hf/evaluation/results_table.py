@@ -7,6 +7,16 @@ from typing import Any
 def results_table(record: Mapping[str, Any]) -> str:
     """Lay out a record of `metrics_record` as a Markdown table.
 
+    Args:
+        record: What `metrics_record` made or `read_metrics` read.
+    """
+    header, *rows = table_cells(record)
+    return _layout(header, rows)
+
+
+def table_cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """Cells of the table, header first.
+
     A row is a protocol; a column is an encoder, then the difference of two, a later minus an earlier one. Numbers are
     percent (points) ± one standard error.
 
@@ -15,14 +25,13 @@ def results_table(record: Mapping[str, Any]) -> str:
     """
     encoders, differences = record["encoders"], record["differences"]
     pairs = dict.fromkeys(f"{entry['encoder']} - {entry['baseline']}" for entry in differences)
-    header = ["protocol", *(encoder["name"] for encoder in encoders), *pairs]
     rows = []
     for index, first in enumerate(encoders[0]["measurements"]):
         cells = [_percent(encoder["measurements"][index], "accuracy") for encoder in encoders]
         protocol = first["protocol"]
         cells += [_percent(entry, "difference", "+") for entry in differences if entry["protocol"] == protocol]
         rows.append([protocol, *cells, _source(first, record["dataset"])])
-    return _layout([*header, "error over"], rows)
+    return [["protocol", *(encoder["name"] for encoder in encoders), *pairs, "error over"], *rows]
 
 
 def _percent(entry: Mapping[str, Any], key: str, sign: str = "") -> str:

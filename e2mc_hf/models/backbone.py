@@ -1,6 +1,8 @@
 """Any timm or transformers vision model as a map from images to pooled features."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ class Backbone(nn.Module):
         image_settings: What the checkpoint expects of its images.
 
     Raises:
-        UsageError: If the model cannot take images of its own size.
+        UsageError: If the model does not take images, or is transformers' Swin.
     """
 
     def __init__(self, model: PreTrainedModel, image_settings: ImageSettings) -> None:
@@ -35,11 +37,16 @@ class Backbone(nn.Module):
         if model.config.model_type == "swin":
             raise UsageError(
                 "`model` must not be transformers' Swin, which breaks after one view of another size, got "
-                f"{model.config.name_or_path!r}. Use swinv2, or the same architecture from timm."
+                f"{_name(model)!r}. Use swinv2, or the same architecture from timm."
             )
         self.model = model
         self.image_settings = image_settings
         parameters = inspect.signature(model.forward).parameters
+        if "pixel_values" not in parameters:
+            raise UsageError(
+                f"`model` must be a vision model, got {_name(model)!r} of type {model.config.model_type}. "
+                "Choose an encoder of images."
+            )
         self._any_size = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
         self._skip_pooler = hasattr(getattr(model, "pooler", None), "dense")
 
@@ -63,20 +70,17 @@ class Backbone(nn.Module):
         Raises:
             UsageError: If the model cannot take images of `image_size` pixels.
         """
-        training = self.training
-        self.eval()
         try:
-            features: Tensor = self(self._black_image(image_size))
+            with _evaluation_mode(self):
+                features: Tensor = self(self._black_image(image_size))
             return features.shape[1]
         except (AssertionError, RuntimeError, ValueError) as error:
-            cause = " ".join(str(error).split())
+            cause = " ".join(str(error).split()).rstrip(".")
             raise UsageError(
-                f"`image_size` must fit the encoder {self.model.config.name_or_path!r}, got {image_size}: {cause}. "
+                f"`image_size` must fit the encoder {_name(self.model)!r}, got {image_size}: {cause}. "
                 f"Its own size is {self.image_settings.size}; timm's vision transformers take others with "
                 "--backbone_args dynamic_img_size=true."
             ) from error
-        finally:
-            self.train(training)
 
     def freeze_unused_parameters(self, image_size: int) -> list[str]:
         """Freeze the parameters that the features do not depend on, and return their names.
@@ -84,9 +88,7 @@ class Backbone(nn.Module):
         DistributedDataParallel waits for the gradient of every parameter that is not frozen; a mask token or a pooler
         that is passed over never gets one.
         """
-        training = self.training
-        self.eval()
-        with torch.enable_grad():
+        with _evaluation_mode(self), torch.enable_grad():
             self(self._black_image(image_size)).sum().backward()
         unused = []
         for name, parameter in self.named_parameters():
@@ -94,12 +96,27 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
                 unused.append(name)
             parameter.grad = None
-        self.train(training)
         return unused
 
     def _black_image(self, image_size: int) -> Tensor:
         parameter = next(self.parameters())
         return parameter.new_zeros(1, 3, image_size, image_size)
+
+
+def _name(model: PreTrainedModel) -> str:
+    return str(model.config.name_or_path or getattr(model.config, "architecture", model.config.model_type))
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, then give each the mode it had."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
 
 
 def _average_area(pooled: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2mc_hf.distributed import all_reduce_sum, world_size
+from e2mc_hf.regularizers.precision import autocast_off, full_precision
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -37,7 +38,8 @@ class GlobalBatchNorm(_BatchNorm):
     """Batch normalization whose training statistics are all-reduced, with gradient.
 
     Takes over the parameters, the buffers, and the fused dropout and activation of timm's layers. The variance is
-    reduced after the mean: the difference of two large sums would lose it in float32.
+    reduced after the mean: the difference of two large sums would lose it in float32. Half precision is normalized in
+    float32, as torch does.
     """
 
     def __init__(self, source: _BatchNorm) -> None:
@@ -55,7 +57,8 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` by the statistics of all processes when training, else as torch does."""
         if self.training and world_size() > 1:
-            normalized = self._normalize_globally(input)
+            with autocast_off(input):
+                normalized = self._normalize_globally(full_precision(input)).to(input.dtype)
         else:
             normalized = super().forward(input)
         activated: Tensor = self.act(self.drop(normalized))

@@ -1,5 +1,6 @@
 """Read and write what a checkpoint expects of its images."""
 
+import math
 from typing import Any
 
 from transformers import AutoImageProcessor, BitImageProcessor
@@ -16,12 +17,13 @@ def settings_of_timm(pretrained_cfg: dict[str, Any]) -> ImageSettings:
 
     resolved = resolve_data_config({}, pretrained_cfg=pretrained_cfg)
     interpolation = resolved["interpolation"]
+    size = resolved["input_size"][-1]
     return ImageSettings(
-        size=resolved["input_size"][-1],
+        size=size,
         mean=tuple(resolved["mean"]),
         std=tuple(resolved["std"]),
         interpolation=interpolation if interpolation in ("bilinear", "bicubic") else "bicubic",
-        crop_share=float(resolved["crop_pct"]),
+        crop_share=size / math.floor(size / resolved["crop_pct"]),
     )
 
 
@@ -35,10 +37,15 @@ def settings_of_processor(name_or_path: str, revision: str | None, fallback_size
     resize = dict(getattr(processor, "size", None) or {})
     resized = resize.get("shortest_edge") or resize.get("height") or fallback_size
     size = dict(crop)["height"] if crop else resized
+    # ConvNext's processor, which ResNet has as well, resizes small images to more than `size` by itself.
+    crop_pct = getattr(processor, "crop_pct", None)
+    if crop_pct and size < 384:
+        resized = int(size / crop_pct)
+    normalize = getattr(processor, "do_normalize", True)
     return ImageSettings(
         size=size,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
+        mean=tuple(processor.image_mean) if normalize else (0.0, 0.0, 0.0),
+        std=tuple(processor.image_std) if normalize else (1.0, 1.0, 1.0),
         interpolation=_INTERPOLATIONS.get(getattr(processor, "resample", PILImageResampling.BILINEAR), "bilinear"),
         crop_share=size / resized,
     )

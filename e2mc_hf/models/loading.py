@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TimmWrapperConfig
 
 from e2mc_hf.data.image_settings import ImageSettings
@@ -40,7 +42,8 @@ def load_backbone(
         image_size: Side in pixels that a model from scratch is built for; its usual size when not given.
 
     Raises:
-        UsageError: If nothing loads under that name, or less than 99% of the model's numbers are in the checkpoint.
+        UsageError: If nothing loads under that name, less than 99% of the model's numbers are in the checkpoint, or one
+            has another shape there.
     """
     name = name_or_path.removeprefix("hf-hub:").removeprefix("local-dir:")
     options = dict(backbone_args or {})
@@ -49,37 +52,76 @@ def load_backbone(
         if from_scratch:
             return _new_timm_backbone(name, options, image_size)
         name = _hub_id_of_timm(name)
+    if is_ssl_folder(name):
+        raise UsageError(f"`model` must be an encoder, got {name!r}, the output of a run. Pass {name}/encoder.")
     config = _read_config(name, revision, options)
     if from_scratch:
-        model = AutoModel.from_config(prepare_config(config))
+        model = _build(config)
     else:
         model = _load_model(name, revision, config)
     return Backbone(model, _settings(name, revision, config))
 
 
-def assert_coverage(model: PreTrainedModel, missing: Iterable[str], source: str) -> None:
-    """Refuse a checkpoint that holds less than 99% of a model's numbers; name what is missing.
+def assert_coverage(
+    model: PreTrainedModel, report: Mapping[str, Any], source: str, *, at_least: float = MIN_COVERAGE
+) -> None:
+    """Refuse a checkpoint that holds too few of a model's numbers, or one in another shape; name what is missing.
+
+    Args:
+        model: Model as loaded.
+        report: Loading information of transformers' `from_pretrained`.
+        source: Where the checkpoint is, for the message.
+        at_least: Share of the model's numbers that must be there.
 
     Raises:
-        UsageError: If the coverage is too low.
+        UsageError: If the coverage is too low, or a shape differs.
     """
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    absent = [name for name in sizes if any(name == key or name.endswith("." + key) for key in missing)]
+    misshapen = {key for key, *_ in report["mismatched_keys"]}
+    absent = sorted(set(sizes) & (misshapen | set(report["missing_keys"])))
     coverage = 1 - sum(sizes[name] for name in absent) / sum(sizes.values())
-    named = ", ".join(sorted(absent)[:5]) + (", ..." if len(absent) > 5 else "")
-    if coverage < MIN_COVERAGE:
+    named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    if coverage < at_least or misshapen:
         raise UsageError(
-            f"`model` must hold at least {MIN_COVERAGE:.0%} of the encoder's numbers, got {coverage:.1%} from "
-            f"{source!r}. Missing: {named}. Is it a checkpoint of this architecture?"
+            f"`model` must hold at least {at_least:.0%} of the model's numbers, each in its shape, got {coverage:.1%} "
+            f"from {source!r}. Missing or of another shape: {named}. Is it a checkpoint of this architecture?"
         )
     if absent:
-        logger.warning("%s: %.2f%% of the encoder's numbers; random: %s", source, 100 * coverage, named)
+        logger.warning("%s: %.2f%% of the model's numbers; random: %s", source, 100 * coverage, named)
+
+
+# What transformers logs to no use while loading: its table of keys, since `assert_coverage` says in one sentence what
+# matters, and the layers that tensor parallelism, not asked for, would not shard.
+_NOISE = {
+    "transformers.modeling_utils": "LOAD REPORT",
+    "transformers.distributed.tensor_parallel": "were not sharded",
+}
+
+
+@contextmanager
+def load_report_off() -> Iterator[None]:
+    """Keep transformers from logging its tables of keys while a model is loaded."""
+    filters = {logging.getLogger(name): _without(text) for name, text in _NOISE.items()}
+    for transformers_logger, accepts in filters.items():
+        transformers_logger.addFilter(accepts)
+    try:
+        yield
+    finally:
+        for transformers_logger, accepts in filters.items():
+            transformers_logger.removeFilter(accepts)
+
+
+def _without(text: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: text not in record.getMessage()
 
 
 def _new_timm_backbone(name: str, options: dict[str, Any], image_size: int | None) -> Backbone:
-    pretrained_cfg = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict(remove_source=True)
+    pretrained_cfg = _pretrained_cfg_of_timm(name).to_dict(remove_source=True)
+    image_size = options.get("img_size", image_size)
     if image_size is not None:
         pretrained_cfg |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "pool_size": None}
+        if pretrained_cfg["fixed_input_size"]:  # then, by timm's rule, the architecture takes its size as an argument
+            options = options | {"img_size": image_size}
     described = {"architecture": name.split(".")[0], "num_labels": 0, "pretrained_cfg": pretrained_cfg}
     config = TimmWrapperConfig(model_args=options, **described)
     return Backbone(_build(config), settings_of_timm(pretrained_cfg))
@@ -87,15 +129,25 @@ def _new_timm_backbone(name: str, options: dict[str, Any], image_size: int | Non
 
 def _build(config: Any) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModel.from_config(config)
-    except TypeError as error:
-        raise UsageError(f"`backbone_args` do not fit the architecture: {error}. Correct or drop them.") from error
+        model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(
+            f"`backbone_args` must fit the architecture: {first_line(error)} Correct or drop them."
+        ) from error
     return model
 
 
+def _pretrained_cfg_of_timm(name: str) -> Any:
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "none"
+        raise UsageError(f"`model` must be a timm name with a known tag, got {name!r}. There are: {tags}.") from error
+
+
 def _hub_id_of_timm(name: str) -> str:
-    pretrained_cfg = timm.get_pretrained_cfg(name)
-    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
+    pretrained_cfg = _pretrained_cfg_of_timm(name)
+    if not pretrained_cfg.hf_hub_id:
         raise UsageError(
             f"`model` {name!r} has no pretrained weights on the Hub. Pass --from_scratch for random ones, or a folder."
         )
@@ -109,7 +161,7 @@ def _read_config(name: str, revision: str | None, options: dict[str, Any]) -> An
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"`model` must be a Hub id, a timm name or a folder with config.json, got {name!r}: {_first_line(error)} "
+            f"`model` must be a Hub id, a timm name or a folder with config.json, got {name!r}: {first_line(error)} "
             "Check the name and, for private or gated repositories, HF_TOKEN."
         ) from error
     if config.model_type != "timm_wrapper":
@@ -117,7 +169,8 @@ def _read_config(name: str, revision: str | None, options: dict[str, Any]) -> An
             raise UsageError(
                 f"`backbone_args` are for timm architectures, got {options} for {config.model_type}. Drop them."
             )
-        return prepare_config(config)
+        return prepare_config(getattr(config, "vision_config", config))  # the image half of CLIP, SigLIP, ...
+    config.num_labels = 0  # its head is left out, and timm would look for it in an exported encoder
     # timm writes num_classes into model_args as well, and TimmWrapperModel then passes it twice.
     arguments = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
     config.model_args = arguments | options
@@ -126,19 +179,19 @@ def _read_config(name: str, revision: str | None, options: dict[str, Any]) -> An
 
 def _load_model(name: str, revision: str | None, config: Any) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": revision, "config": config, "dtype": torch.float32}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: PreTrainedModel
     try:
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
-        if any(key.startswith("pooler.dense") for key in report["missing_keys"]):
-            model, report = AutoModel.from_pretrained(
-                name, output_loading_info=True, add_pooling_layer=False, **options
-            )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        with load_report_off():
+            model, report = AutoModel.from_pretrained(name, **options)
+            if any(key.startswith("pooler.dense") for key in report["missing_keys"]):
+                model, report = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, AssertionError, SafetensorError) as error:
         raise UsageError(
-            f"`model` must hold weights that fit its configuration, got {name!r}: {_first_line(error)} "
+            f"`model` must hold weights that fit its configuration, got {name!r}: {first_line(error)} "
             "Check the folder, the network and the revision."
         ) from error
-    assert_coverage(model, report["missing_keys"], name)
+    assert_coverage(model, report, name)
     return model
 
 
@@ -149,7 +202,8 @@ def _settings(name: str, revision: str | None, config: Any) -> ImageSettings:
     return settings_of_processor(name, revision, size if isinstance(size, int) else size[0])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """First line of an exception's message, as a sentence: transformers' go on for a screen."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if line.endswith((".", "!", "?")) else line + "."
 
@@ -157,4 +211,7 @@ def _first_line(error: Exception) -> str:
 def is_ssl_folder(path: str) -> bool:
     """Whether a folder holds a whole SSLModel, heads included."""
     config = Path(path) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "e2mc_ssl"
+    try:
+        return config.is_file() and json.loads(config.read_text()).get("model_type") == "e2mc_ssl"
+    except ValueError:
+        return False  # no JSON: loading it as an encoder says so

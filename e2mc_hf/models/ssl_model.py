@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrained
 from transformers.utils.generic import ModelOutput
 
 from e2mc_hf.data.image_settings import ImageSettings
+from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone
 from e2mc_hf.objectives.registry import build_objective
 
@@ -30,6 +31,7 @@ class SSLOutput(ModelOutput):
     terms: dict[str, Tensor] | None = None
 
 
+@no_type_check  # by jaxtyping, in the tests: it would refuse the further keywords that transformers accepts
 class SSLConfig(PreTrainedConfig):
     """Everything needed to build an `SSLModel` without weights.
 
@@ -90,10 +92,19 @@ class SSLModel(PreTrainedModel):
             image_size: Side of the views in pixels; the backbone's own when not given.
 
         Raises:
-            UsageError: If an option is unknown, or the backbone refuses views of that size.
+            UsageError: If an option is unknown, the backbone refuses views of that size, or it could not be saved.
         """
+        parameters = dict(backbone.named_parameters(remove_duplicate=False))
+        shared = len(parameters) - len(set(parameters.values()))
+        if shared:
+            raise UsageError(
+                f"`model` must not hold a weight under several names, which safetensors cannot save, got {shared} such "
+                "names. Choose another architecture."
+            )
+        description = backbone.model.config.to_dict()
+        description.pop("_name_or_path", None)  # a path on this machine
         config = SSLConfig(
-            backbone=backbone.model.config.to_dict(),
+            backbone=description,
             add_pooling_layer=getattr(backbone.model, "pooler", True) is not None,
             image_settings=asdict(backbone.image_settings),
             num_features=backbone.measure_num_features(image_size or backbone.image_settings.size),
@@ -120,6 +131,10 @@ class SSLModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its own constructor initialized it."""
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Let the backbone do it in its own way: timm's differs from transformers'."""
+        self.backbone.model._set_gradient_checkpointing(*args, **kwargs)
 
 
 def _build_backbone(config: SSLConfig) -> Backbone:

@@ -42,6 +42,8 @@ class VICReg(nn.Module):
         and the covariance summed.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         feature_dim: int,

@@ -1,10 +1,12 @@
 """Training arguments: those of transformers, with the defaults and the rules of continued pretraining."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from e2mc_hf.arguments import RegularizerArguments, RunArguments, require
 
@@ -29,6 +31,7 @@ class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArgument
 
     def __post_init__(self) -> None:
         RunArguments.__post_init__(self)
+        require(self.output_dir is not None, "output_dir", "must be given", self.output_dir, "Pass --output_dir.")
         defaults = self.__dataclass_fields__
         require(
             self.gradient_accumulation_steps == 1,
@@ -59,20 +62,39 @@ class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArgument
             "The paper adds 10 epochs.",
         )
         TrainingArguments.__post_init__(self)
+        trackers = self.report_to if isinstance(self.report_to, list) else [self.report_to]
+        installed = get_available_reporting_integrations()
+        for tracker in trackers:
+            require(
+                tracker in installed,
+                "report_to",
+                f"must be none or an installed tracker ({', '.join(installed) or 'there is none'})",
+                tracker,
+                "Install it, or correct its name.",
+            )
 
     def regularizer_options(self) -> dict[str, Any]:
         """Options of the regularizer as given, for `build_regularizer`."""
         return dict(self.regularizer_args)
 
     def checked_output_dir(self) -> Path:
-        """Output folder, given and not in use.
+        """Output folder, which can be written and is not in use; a checkpoint to resume from must be one.
 
         Raises:
-            UsageError: If there is none, it is a file, or it holds an earlier run.
+            UsageError: If it cannot be made, it holds an earlier run, or the checkpoint is not there.
         """
-        require(self.output_dir is not None, "output_dir", "must be given", self.output_dir, "Pass --output_dir.")
         folder = Path(self.output_dir or "")
-        require(not folder.is_file(), "output_dir", "must be a folder", str(folder), "Pass another path.")
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        writable = parent.is_dir() and os.access(parent, os.W_OK)
+        require(writable, "output_dir", "must be a folder that can be written", str(folder), "Pass another path.")
+        checkpoint = self.resume_from_checkpoint
+        require(
+            checkpoint is None or (Path(checkpoint) / "trainer_state.json").is_file(),
+            "resume_from_checkpoint",
+            "must be a checkpoint folder",
+            checkpoint,
+            "Pass output_dir/checkpoint-N of the interrupted run.",
+        )
         occupied = (folder / "config.json").exists() and not self.resume_from_checkpoint and not self.overwrite
         require(not occupied, "output_dir", "holds an earlier run", str(folder), "Pass another, or --overwrite.")
         return folder

@@ -41,7 +41,7 @@ def processes_asked_of_launcher(command_lines: Sequence[Sequence[str]]) -> int |
     """Number of processes in the command line of the nearest `accelerate launch` or `torchrun`; None if not said."""
     for words in command_lines:
         names = {Path(word).name for word in words}
-        if {"accelerate", "launch"} <= names or "accelerate.commands.launch" in names:
+        if {"accelerate", "launch"} <= names or names & {"accelerate-launch", "accelerate.commands.launch"}:
             return _number_after(words, ("--num_processes", "--num-processes"))
         if "torchrun" in names or "torch.distributed.run" in names:
             per_node = _number_after(words, ("--nproc_per_node", "--nproc-per-node"))

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from e2mc_hf.arguments import require
 from e2mc_hf.data.dataset import ViewDataset
 from e2mc_hf.data.loader import ViewLoader
+from e2mc_hf.data.sampling import GlobalBatchSampler
 from e2mc_hf.distributed import all_gather
 from e2mc_hf.models.batch_norm import synchronize_batch_norm
 from e2mc_hf.regularizers.registry import build_regularizer
@@ -66,6 +67,15 @@ class E2MCTrainer(Trainer):
             args.per_device_train_batch_size,
             "Batch statistics need more samples.",
         )
+        if isinstance(train_dataset, ViewDataset):
+            # Refuses a dataset smaller than a batch before transformers makes the output folder.
+            GlobalBatchSampler(
+                len(train_dataset),
+                args.per_device_train_batch_size,
+                rank=args.process_index,
+                world_size=args.world_size,
+                seed=args.seed,
+            )
         self.regularizer = regularizer or build_regularizer(args.regularizer, args.regularizer_options())
         self._terms = {"train": TermAverages(), "eval": TermAverages()}
         if args.sync_batchnorm:

@@ -1,0 +1,83 @@
+"""What the README shows is what a user gets: every fenced command, example and number of it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, text in FENCES if language == "bash" for line in text.splitlines() if line.strip()]
+EXAMPLES = [text for language, text in FENCES if language == "python"]
+DEMO = ROOT / "model_cards" / "digits_vicreg_e2mc"
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's relative paths exist; `make demo` is replaced by one step of its first run."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("scripts", "model_cards", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    recipe = "model_cards/digits_vicreg/recipe.yaml"
+    words = ["python", "scripts/continue_pretrain.py", recipe, "--use_cpu", "--max_steps", "1"]
+    result = run([*words, "--output_dir", "demo/before"], folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_commands_are_of_the_kinds_that_are_run_here() -> None:
+    assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "python", "torchrun", "accelerate"}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_goals_are_in_the_makefile(command: str) -> None:
+    assert f"\n{command.removeprefix('make ')}:" in (ROOT / "Makefile").read_text()
+
+
+def test_commands_on_digits_run_in_their_order(workshop: Path) -> None:
+    commands = [command for command in COMMANDS if command.startswith("python ") and "photos" not in command]
+    assert len(commands) >= 3
+    for command in commands:
+        shortened = ["--max_steps", "1"] if "continue_pretrain" in command else []
+        result = run(shlex.split(command) + shortened, workshop)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    assert (workshop / "runs" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_commands_on_photographs_run(workshop: Path, test_data: Path) -> None:
+    (workshop / "photos").symlink_to(test_data / "imagenette160")
+    for command in [command for command in COMMANDS if "photos" in command]:
+        result = run(shlex.split(command), workshop)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_python_examples_run(number: int, tmp_path: Path) -> None:
+    result = run(["python", "-c", EXAMPLES[number]], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_table_of_the_demo_is_its_metrics_file() -> None:
+    from e2mc_hf.evaluation.results_table import results_table
+
+    record = json.loads((DEMO / "metrics.json").read_text(encoding="utf-8"))
+    assert results_table(record) in README
+
+
+def test_images_and_links_into_the_repository_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
