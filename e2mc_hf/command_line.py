@@ -166,10 +166,16 @@ def take(options: Options, kind: Callable[..., Kind]) -> Kind:
         raise UsageError(f"{named} is refused: {message.rstrip('.')}. Pass another value.") from error
 
 
-def refuse_unknown(options: Options, known: Sequence[str]) -> None:
-    """Raise a `UsageError` that names an option nobody took, and the nearest one there is."""
+def refuse_unknown(options: Options, kinds: Sequence[type]) -> None:
+    """Refuse an option that none of the dataclasses has, with the nearest one there is.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    known = [name for kind in kinds for name in _options_of(kind)]
     for name in options:
-        raise UsageError(f"`{name}` is not an option. {suggestion(name, known)}")
+        if name not in known:
+            raise UsageError(f"`{name}` is not an option. {suggestion(name, known)}")
 
 
 def _options_of(kind: type) -> dict[str, tuple[Any, Any]]:

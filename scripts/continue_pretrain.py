@@ -47,8 +47,6 @@ def parse(argv: list[str] | None) -> Options:
 
 def run(options: Options) -> None:
     """Load everything, then train, export and write down what was done; nothing is written before the training."""
-    from dataclasses import fields
-
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
@@ -61,21 +59,14 @@ def run(options: Options) -> None:
     from e2mc_hf.training.trainer import E2MCTrainer
 
     disable_progress_bar()  # those of loading and saving; the training keeps its own
+    refuse_unknown(options, [*GROUPS.values(), E2MCTrainingArguments])
     given = dict(options)
     model_arguments, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
     data, views = take(options, DataArguments), take(options, ViewArguments)
     training = take(options, E2MCTrainingArguments)
-    refuse_unknown(
-        options, [field.name for kind in (*GROUPS.values(), E2MCTrainingArguments) for field in fields(kind)]
-    )
     check_world(training.world_size)
-    require(
-        str(training.eval_strategy.value) == "no",
-        "eval_strategy",
-        "must be no",
-        training.eval_strategy.value,
-        "Use evaluate.py.",
-    )
+    evaluation = str(training.eval_strategy.value)
+    require(evaluation == "no", "eval_strategy", "must be no", evaluation, "Evaluate the encoder with evaluate.py.")
     output_dir = training.checked_output_dir()
 
     set_seed(training.seed)

@@ -46,14 +46,14 @@ def run(encoders: list[str], options: Options) -> None:
     from e2mc_hf.models.loading import load_backbone
 
     disable_progress_bar()  # those of loading; the features keep theirs
+    refuse_unknown(options, list(GROUPS.values()))
     given = dict(options)
     data, protocol = take(options, DataArguments), take(options, EvaluationArguments)
-    refuse_unknown(options, [field.name for kind in GROUPS.values() for field in dataclasses.fields(kind)])
     train, test = load_images(data, data.train_split), load_test_images(data, protocol.test_split)
-    backbones = {name: load_backbone(path) for name, path in map(named, encoders)}
+    backbones = [(name, load_backbone(path)) for name, path in map(named, encoders)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
-    for name, backbone in backbones.items():
+    for name, backbone in backbones:
         transform = evaluation_transform(backbone.image_settings)
         datasets = [EvaluationDataset(source, transform) for source in (train, test)]
         results.append(evaluate_encoder(backbone, *datasets, protocol, name=name, device=device))

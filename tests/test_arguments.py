@@ -103,7 +103,6 @@ ACCEPTED = [
     (RunArguments, "max_steps", 1),
     (RunArguments, "max_steps", -1),
     (RunArguments, "warmup_steps", 0.1),
-    (RunArguments, "weight_decay", 0.0),
     (RunArguments, "momentum", 0.0),
     (RunArguments, "logging_steps", 0.5),
 ]

@@ -212,7 +212,7 @@ def test_the_folder_of_an_earlier_run_is_not_touched(refusal, workplace):
 
 def test_an_output_folder_that_is_a_file_is_refused(refusal, workplace):
     (workplace / "out").write_text("a file")
-    assert refusal().startswith("`output_dir` must be a folder, got 'out'")
+    assert refusal().startswith("`output_dir` must be a folder that can be written, got 'out'")
 
 
 def test_processes_that_would_train_apart_are_refused(refusal, monkeypatch):
