@@ -8,6 +8,7 @@ of the resident set while loss and gradient are computed (Linux only), the embed
 """
 
 import argparse
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def seconds(criterion: Callable[[Tensor], Tensor], embeddings: Tensor, repeats: 
 
 def peak_mebibytes(criterion: Callable[[Tensor], Tensor], embeddings: Tensor) -> float:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory the allocator keeps would be used again and not show
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
     run(criterion, embeddings)

@@ -78,6 +78,14 @@ def test_table_of_the_demo_is_its_metrics_file() -> None:
     assert results_table(record) in README
 
 
+def test_table_of_the_criterion_is_what_its_benchmark_printed() -> None:
+    printed = (ROOT / "benchmarks" / "criterion.txt").read_text(encoding="utf-8").splitlines()[2:]
+    rows = [re.split(r"[\s|]+", line.strip()) for line in printed]
+    assert [row[:2] for row in rows] == [["512", "128"], ["512", "2048"], ["512", "8192"], ["2048", "8192"]]
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in README
+
+
 def test_images_and_links_into_the_repository_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -91,16 +91,17 @@ def assert_coverage(
 
 
 # What transformers logs to no use while loading: its table of keys, since `assert_coverage` says in one sentence what
-# matters, and the layers that tensor parallelism, not asked for, would not shard.
+# matters; the layers that tensor parallelism, not asked for, would not shard; the backend of timm's image processor.
 _NOISE = {
     "transformers.modeling_utils": "LOAD REPORT",
     "transformers.distributed.tensor_parallel": "were not sharded",
+    "transformers.models.auto.image_processing_auto": "backend is not available",
 }
 
 
 @contextmanager
-def load_report_off() -> Iterator[None]:
-    """Keep transformers from logging its tables of keys while a model is loaded."""
+def loading_noise_off() -> Iterator[None]:
+    """Keep transformers from logging what says nothing to the user while a checkpoint is loaded."""
     filters = {logging.getLogger(name): _without(text) for name, text in _NOISE.items()}
     for transformers_logger, accepts in filters.items():
         transformers_logger.addFilter(accepts)
@@ -182,7 +183,7 @@ def _load_model(name: str, revision: str | None, config: Any) -> PreTrainedModel
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: PreTrainedModel
     try:
-        with load_report_off():
+        with loading_noise_off():
             model, report = AutoModel.from_pretrained(name, **options)
             if any(key.startswith("pooler.dense") for key in report["missing_keys"]):
                 model, report = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)

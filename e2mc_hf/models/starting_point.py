@@ -6,8 +6,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from e2mc_hf.distributed import rank
 from e2mc_hf.errors import UsageError
-from e2mc_hf.models.loading import assert_coverage, first_line, is_ssl_folder, load_backbone, load_report_off
+from e2mc_hf.models.loading import assert_coverage, first_line, is_ssl_folder, load_backbone, loading_noise_off
 from e2mc_hf.models.ssl_model import SSLModel
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def load_starting_point(
             image_size=image_size,
         )
         model = SSLModel.from_backbone(backbone, objective, objective_args, image_size=image_size)
-        logger.warning("%s has no heads for %s: they start from random weights.", name_or_path, objective)
+        if rank() == 0:
+            logger.warning("%s has no heads for %s: they start from random weights.", name_or_path, objective)
     wanted = getattr(model.objective, "num_views", None)
     if wanted is not None and num_views not in (None, wanted):
         raise UsageError(f"`num_views` must be {wanted} for {objective}, got {num_views}. Pass --num_views {wanted}.")
@@ -70,7 +72,7 @@ def load_starting_point(
 def _load_with_heads(folder: str, objective: str, objective_args: dict[str, Any]) -> SSLModel:
     model: SSLModel
     try:
-        with load_report_off():
+        with loading_noise_off():
             loaded: Any = SSLModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"`model` must hold a whole run, got {folder!r}: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone
 from e2mc_hf.models.image_statistics import processor_of_settings
-from e2mc_hf.models.loading import load_backbone
+from e2mc_hf.models.loading import load_backbone, loading_noise_off
 
 # Largest difference of any feature between the trained and the reloaded encoder.
 TOLERANCE = 1e-5
@@ -46,7 +46,8 @@ def export_encoder(backbone: Backbone, folder: str | Path) -> float:
         else:
             backbone.model.save_pretrained(written)
             processor_of_settings(backbone.image_settings).save_pretrained(written)
-        AutoImageProcessor.from_pretrained(written)
+        with loading_noise_off():
+            AutoImageProcessor.from_pretrained(written)
         reloaded: list[nn.Module] = [load_backbone(str(written))]
         if is_timm:
             reloaded.append(timm.create_model(f"local-dir:{written}", pretrained=True))
