@@ -124,8 +124,11 @@ def _new_timm_backbone(name: str, options: dict[str, Any], image_size: int | Non
         if pretrained_cfg["fixed_input_size"]:  # then, by timm's rule, the architecture takes its size as an argument
             options = options | {"img_size": image_size}
     described = {"architecture": name.split(".")[0], "num_labels": 0, "pretrained_cfg": pretrained_cfg}
-    config = TimmWrapperConfig(model_args=options, **described)
-    return Backbone(_build(config), settings_of_timm(pretrained_cfg))
+    model = _build(TimmWrapperConfig(model_args=options, **described))
+    # transformers draws every weight anew, from a normal of std 0.02; those of timm's own initialization are put back.
+    drawn_by_timm = timm.create_model(described["architecture"], num_classes=0, **options)
+    model.get_submodule("timm_model").load_state_dict(drawn_by_timm.state_dict())
+    return Backbone(model, settings_of_timm(pretrained_cfg))
 
 
 def _build(config: Any) -> PreTrainedModel:

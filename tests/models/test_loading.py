@@ -380,3 +380,21 @@ def test_the_output_of_a_run_is_refused_with_its_encoder_named(tmp_path):
         load_backbone(VIT_NAME, **FROM_SCRATCH), objective_args={"projector_dim": 8}
     ).save_pretrained(tmp_path)
     assert f"Pass {tmp_path}/encoder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_timm_model_from_scratch_is_initialized_as_timm_does(name: str) -> None:
+    backbone = load_backbone(name, from_scratch=True, image_size=224)
+    wanted = timm.create_model(name, num_classes=0).state_dict()
+    for key, tensor in backbone.model.get_submodule("timm_model").state_dict().items():
+        if tensor.dim() > 1:
+            assert tensor.std().item() == pytest.approx(wanted[key].std().item(), rel=0.1), key
+        else:
+            assert torch.equal(tensor, wanted[key]) or tensor.std() > 0, key
+
+
+def test_new_heads_leave_the_weights_of_the_backbone_alone() -> None:
+    backbone = load_backbone("test_resnet", from_scratch=True, image_size=32)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    SSLModel.from_backbone(backbone, "vicreg", {"projector_dim": 16})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
