@@ -7,6 +7,7 @@ The recipe is YAML with the options below by name; flags override it.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,10 +86,19 @@ def run(options: Options) -> None:
     dataset[0]  # an unreadable image or a view that cannot be drawn shows before anything is written
 
     trainer = E2MCTrainer(model, training, dataset)
+    if training.overwrite and trainer.is_world_process_zero():
+        remove_run(output_dir)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         finish(trainer, output_dir, given)
     trainer.accelerator.end_training()
+
+
+def remove_run(output_dir: Path) -> None:
+    """Remove an earlier run, so that its encoder is never taken for this one's."""
+    for name in ("encoder", "config.json", "model.safetensors", "log.json", "recipe.yaml"):
+        path = output_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def finish(trainer: "E2MCTrainer", output_dir: Path, given: Options) -> None:

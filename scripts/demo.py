@@ -26,7 +26,7 @@ def script(name: str, *words: str) -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / name), *words], check=True)
 
 
-def train(recipe: str, output_dir: Path, *flags: str) -> None:
+def train(recipe: str, output_dir: Path, flags: list[str]) -> None:
     """Run continue_pretrain.py on the CPU."""
     recipe_path = str(RECIPES / recipe / "recipe.yaml")
     script("continue_pretrain.py", recipe_path, "--output_dir", str(output_dir), "--overwrite", "--use_cpu", *flags)
@@ -65,14 +65,17 @@ def report(folder: Path) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", default="demo", help="Folder for everything the demo makes. [demo]")
-    folder = Path(parser.parse_args().output_dir)
+    options, further = parser.parse_known_args()
+    folder = Path(options.output_dir)
     start = time.monotonic()
     try:
-        train("digits_vicreg", folder / "before")
+        train("digits_vicreg", folder / "before", further)
         for arm, flags in ARMS.items():
-            train("digits_vicreg_e2mc", folder / arm, "--model", str(folder / "before"), *flags)
+            train("digits_vicreg_e2mc", folder / arm, ["--model", str(folder / "before"), *flags, *further])
         encoders = [f"{name}={folder / name / 'encoder'}" for name in ("before", *ARMS)]
         script("evaluate.py", *encoders, "--output", str(folder / "metrics.json"))
     except subprocess.CalledProcessError as error:

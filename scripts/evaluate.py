@@ -14,7 +14,7 @@ from pathlib import Path
 # This file has the name of a library: its folder must not be searched for `import evaluate`.
 sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
-from e2mc_hf.arguments import DataArguments, EvaluationArguments
+from e2mc_hf.arguments import DataArguments, EvaluationArguments, require
 from e2mc_hf.command_line import Options, build_parser, one_line_errors, read_options, refuse_unknown, take
 
 GROUPS = {"images": DataArguments, "protocol": EvaluationArguments}
@@ -41,7 +41,7 @@ def run(encoders: list[str], options: Options) -> None:
     from e2mc_hf.data.sources import load_images, load_test_images
     from e2mc_hf.data.views import evaluation_transform
     from e2mc_hf.evaluation.protocol import evaluate_encoder
-    from e2mc_hf.evaluation.results import DatasetRecord, metrics_record, write_metrics
+    from e2mc_hf.evaluation.results import DatasetRecord, check_writable, metrics_record, portable, write_metrics
     from e2mc_hf.evaluation.results_table import results_table
     from e2mc_hf.models.loading import load_backbone
 
@@ -49,8 +49,12 @@ def run(encoders: list[str], options: Options) -> None:
     refuse_unknown(options, list(GROUPS.values()))
     given = dict(options)
     data, protocol = take(options, DataArguments), take(options, EvaluationArguments)
+    paths = dict(map(named, encoders))
+    names = [portable(name) for name in paths]
+    require(len(set(names)) == len(encoders), "encoders", "must differ in name", names, "Name them: NAME=ENCODER.")
+    check_writable(protocol.output)
     train, test = load_images(data, data.train_split), load_test_images(data, protocol.test_split)
-    backbones = [(name, load_backbone(path)) for name, path in map(named, encoders)]
+    backbones = [(name, load_backbone(path)) for name, path in paths.items()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
     for name, backbone in backbones:

@@ -1,7 +1,9 @@
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,3 +80,17 @@ def test_the_installed_version_is_that_of_the_project():
 
 def test_the_package_is_marked_as_typed():
     assert (ROOT / "e2mc_hf" / "py.typed").is_file()
+
+
+def test_a_wheel_holds_the_template_and_the_metrics(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "demo", "runs", "build", "*.egg-info", "tests"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    result = subprocess.run([*command, source], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "e2mc_hf/evaluation/report.html.jinja" in names
+    assert "e2mc_hf/metrics/top1_accuracy/top1_accuracy.py" in names
+    assert "e2mc_hf/py.typed" in names
+    assert not any(name.startswith(("scripts/", "tests/", "benchmarks/")) for name in names)

@@ -26,19 +26,26 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's relative paths exist; `make demo` is replaced by one step of its first run."""
+    """A folder in which the README's relative paths exist, after the demo with one step a training."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "model_cards", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
-    recipe = "model_cards/digits_vicreg/recipe.yaml"
-    words = ["python", "scripts/continue_pretrain.py", recipe, "--use_cpu", "--max_steps", "1"]
-    result = run([*words, "--output_dir", "demo/before"], folder)
+    result = run(
+        ["python", "scripts/demo.py", "--output_dir", "demo", "--max_steps", "1", "--logging_steps", "1"], folder
+    )
     assert result.returncode == 0, result.stderr
     return folder
 
 
 def test_commands_are_of_the_kinds_that_are_run_here() -> None:
     assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "python", "torchrun", "accelerate"}
+
+
+def test_demo_writes_its_report_and_metrics(workshop: Path) -> None:
+    report = (workshop / "demo" / "report.html").read_text(encoding="utf-8")
+    record = json.loads((workshop / "demo" / "metrics.json").read_text(encoding="utf-8"))
+    assert [encoder["name"] for encoder in record["encoders"]] == ["before", "control", "e2mc"]
+    assert report.count("data:image/png;base64,") == 2
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])

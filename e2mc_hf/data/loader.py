@@ -1,17 +1,15 @@
 """Batches of views for the trainer, from this process or from workers."""
 
 from collections.abc import Iterator
-from multiprocessing.context import BaseContext
-from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from e2mc_hf.data.collator import collate_views
 from e2mc_hf.data.dataset import ViewDataset
 from e2mc_hf.data.sampling import GlobalBatchSampler
-from e2mc_hf.errors import UsageError
+from e2mc_hf.data.workers import worker_options, workers_errors_as_here
 
 
 class ViewLoader(DataLoader[list[Tensor]]):
@@ -59,31 +57,5 @@ class ViewLoader(DataLoader[list[Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, list[Tensor]]]:  # type: ignore[override]
         """Yield the batches of the epoch; a user's error in a worker reads as it does here."""
-        try:
+        with workers_errors_as_here():
             yield from super().__iter__()
-        except UsageError as error:
-            raise UsageError(last_message(error)) from error
-
-
-def worker_options(num_workers: int) -> dict[str, Any]:
-    """Choose the DataLoader options for that many workers."""
-    if num_workers == 0:
-        return {"num_workers": 0}
-    return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": _worker_context()}
-
-
-def last_message(error: UsageError) -> str:
-    """Take the message out of the worker's traceback that torch wraps around it."""
-    return str(error).rstrip().rsplit(f"{UsageError.__name__}: ", 1)[-1]
-
-
-def _worker_context() -> BaseContext:
-    """Start workers from a clean process: forking this one, with its threads and its GPU, can deadlock.
-
-    The clean process imports the libraries once and forks the workers; without it (Windows) each imports them itself.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([ViewDataset.__module__])
-    return context

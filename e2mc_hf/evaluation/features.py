@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from e2mc_hf.arguments import require
+from e2mc_hf.data.workers import worker_options, workers_errors_as_here
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def extract_features(
     """
     if device is not None:
         encoder.to(device)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(dataset, batch_size=batch_size, **worker_options(num_workers))
     require(len(loader) > 0, "dataset", "must hold at least one image", 0, "Check the split and `max_samples`.")
     rows, labels = [], []
     with _evaluation_mode(encoder), torch.inference_mode():
@@ -108,4 +109,5 @@ def _progress(loader: DataLoader[Any], description: str) -> Iterator[Any]:
     from rich.progress import track
 
     hidden = not sys.stderr.isatty()
-    yield from track(loader, description, console=Console(stderr=True), transient=True, disable=hidden)
+    with workers_errors_as_here():
+        yield from track(loader, description, console=Console(stderr=True), transient=True, disable=hidden)

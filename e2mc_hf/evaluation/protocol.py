@@ -107,6 +107,7 @@ def measure_neighbors(train: Features, test: Features, *, num_neighbors: int) ->
         name=f"knn k={num_neighbors}",
         values=(accuracy(predictions, test.y),),
         correct=(predictions == test.y)[None],
+        num_labels=len(train.y),
     )
 
 
@@ -122,6 +123,7 @@ def measure_probe(train: Features, test: Features, fraction: float, num_draws: i
         correct=np.stack([probe.predictions == test.y for probe in probes]),
         strengths=tuple(probe.strength for probe in probes),
         converged=tuple(probe.converged for probe in probes),
+        num_labels=len(rows),
     )
 
 

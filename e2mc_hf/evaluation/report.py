@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from e2mc_hf.arguments import require
 from e2mc_hf.evaluation.results_table import table_cells
 
 # A log entry of the Trainer holds these beside the terms.
@@ -59,6 +60,7 @@ def terms_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
     curves = {arm: [entry for entry in log if "loss" in entry] for arm, log in logs.items()}
     names = list(dict.fromkeys(key for log in curves.values() for entry in log for key in entry))
     names = [name for name in names if name not in _NOT_TERMS]
+    require(bool(names), "logs", "must hold logged terms", list(logs), "Log more often: --logging_steps 1.")
     figure, panels = _panels(len(names))
     for panel, name in zip(panels, names, strict=True):
         for arm, log in curves.items():

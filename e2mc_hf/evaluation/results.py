@@ -49,7 +49,7 @@ def metrics_record(
         UsageError: If there is no result, or the results cannot be compared.
     """
     require(len(results) > 0, "results", "must hold at least one encoder", 0, "Evaluate one first.")
-    results = [replace(result, name=_portable(result.name)) for result in results]
+    results = [replace(result, name=portable(result.name)) for result in results]
     images = {"num_train_images": results[0].num_train_images, "num_test_images": results[0].num_test_images}
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -59,8 +59,8 @@ def metrics_record(
         "encoders": [_encoder_record(result) for result in results],
         "differences": [_difference_record(comparison) for comparison in compare(results)],
     }
-    portable: dict[str, Any] = _portable(record)
-    return portable
+    shortened: dict[str, Any] = portable(record)
+    return shortened
 
 
 def write_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -74,6 +74,18 @@ def write_metrics(path: str | Path, record: Mapping[str, Any]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before anything is computed.
+
+    Raises:
+        UsageError: If it is a folder, or its own folder cannot be made or written.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    writable = not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+    require(writable, "output", "must be a file that can be written", str(path), "Pass --output.")
 
 
 def read_metrics(path: str | Path) -> dict[str, Any]:
@@ -100,6 +112,7 @@ def _measurement_record(measurement: Measurement) -> dict[str, Any]:
         "standard_error": measurement.standard_error,
         "over": measurement.over,
         "num_draws": measurement.num_draws,
+        "num_labels": measurement.num_labels,
         "values": list(measurement.values),
     }
     if measurement.strengths:
@@ -119,12 +132,12 @@ def _difference_record(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Shorten absolute paths: relative to the working folder when inside it, else the last part."""
     if isinstance(value, Mapping):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     if isinstance(value, (str, Path)) and Path(value).is_absolute():
         path = Path(value)
         inside = path.is_relative_to(Path.cwd()) and path != Path.cwd()

@@ -30,8 +30,8 @@ def table_cells(record: Mapping[str, Any]) -> list[list[str]]:
         cells = [_percent(encoder["measurements"][index], "accuracy") for encoder in encoders]
         protocol = first["protocol"]
         cells += [_percent(entry, "difference", "+") for entry in differences if entry["protocol"] == protocol]
-        rows.append([protocol, *cells, _source(first, record["dataset"])])
-    return [["protocol", *(encoder["name"] for encoder in encoders), *pairs, "error over"], *rows]
+        rows.append([protocol, str(first["num_labels"]), *cells, _source(first, record["dataset"])])
+    return [["protocol", "labels", *(encoder["name"] for encoder in encoders), *pairs, "error over"], *rows]
 
 
 def _percent(entry: Mapping[str, Any], key: str, sign: str = "") -> str:

@@ -24,6 +24,7 @@ class Measurement:
         correct: Whether each test image was classified correctly, for each draw.
         strengths: Strength the probe chose in each draw; empty for protocols without one.
         converged: Whether each fit met its tolerance; empty for protocols without a fit.
+        num_labels: Labels the classifier got in each draw.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Measurement:
     correct: Bool[np.ndarray, "draws images"]
     strengths: tuple[float, ...] = ()
     converged: tuple[bool, ...] = ()
+    num_labels: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.values) == len(self.correct) > 0

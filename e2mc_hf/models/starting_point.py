@@ -45,7 +45,7 @@ def load_starting_point(
             another number of views.
     """
     if is_ssl_folder(name_or_path) and not from_scratch:
-        if backbone_args or revision:
+        if (backbone_args or revision) and rank() == 0:
             logger.warning("%s is a whole run: `backbone_args` and `revision` have no effect.", name_or_path)
         model = _load_with_heads(name_or_path, objective, dict(objective_args or {}))
         model.backbone.measure_num_features(image_size or model.backbone.image_settings.size)
@@ -64,8 +64,8 @@ def load_starting_point(
     if wanted is not None and num_views not in (None, wanted):
         raise UsageError(f"`num_views` must be {wanted} for {objective}, got {num_views}. Pass --num_views {wanted}.")
     unused = model.backbone.freeze_unused_parameters(image_size or model.backbone.image_settings.size)
-    if unused:
-        logger.info("Frozen, since the features do not depend on them: %s.", ", ".join(unused))
+    if unused and rank() == 0:
+        logger.warning("Frozen, since the features do not depend on them: %s.", ", ".join(unused))
     return model
 
 

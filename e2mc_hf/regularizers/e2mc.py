@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from e2mc_hf.regularizers.covariance import off_diagonal_covariance
-from e2mc_hf.regularizers.entropy import Estimator, marginal_entropy
+from e2mc_hf.regularizers.entropy import Estimator, check_estimator, marginal_entropy
 from e2mc_hf.regularizers.output import RegularizerOutput
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
 from e2mc_hf.regularizers.unit_cube import Transform, unit_cube_map
@@ -37,7 +37,7 @@ class E2MCRegularizer(nn.Module):
         debias_covariance: Subtract what independent dimensions score by chance in a batch of N.
 
     Raises:
-        ValueError: If a weight is negative, or `transform` unknown.
+        ValueError: If an option is out of range, unknown, or does not fit the estimator.
 
     Reference:
         Chakraborty, LeCun, Rudner, Learned-Miller, "Improving Pre-trained Self-Supervised Embeddings Through Effective
@@ -62,6 +62,7 @@ class E2MCRegularizer(nn.Module):
             if not weight >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {weight}. Pass 0 to leave the term out.")
         unit_cube_map(transform)
+        check_estimator(estimator, window, eps, bias_correction, None)
         self.entropy_weight = entropy_weight
         self.covariance_weight = covariance_weight
         self.transform: Transform = transform

@@ -63,7 +63,14 @@ def marginal_entropy(
         autocast; no mean is subtracted before the sort, since spacings do not see it.
     """
     num_samples = x.shape[0]
-    _check(estimator, num_samples, window, bias_correction, bandwidth)
+    check_estimator(estimator, window, eps, bias_correction, bandwidth)
+    if num_samples < 2:
+        raise ValueError(f"`x` must hold at least 2 samples, got {num_samples}. Pass a larger batch.")
+    if window is not None and window >= num_samples:
+        raise ValueError(
+            f"`window` must lie between 1 and N - 1 = {num_samples - 1}, got {window}. "
+            "Pass a smaller window, or leave it out for round(sqrt(N))."
+        )
     x = full_precision(x)
     with autocast_off(x):
         cube = unit_cube_map(transform) if transform is not None else None
@@ -90,24 +97,26 @@ def van_es_correction(num_samples: int, window: int) -> float:
     return harmonic + math.log(window) - math.log(num_samples + 1)
 
 
-def _check(
-    estimator: str, num_samples: int, window: int | None, bias_correction: bool, bandwidth: float | None
+def check_estimator(
+    estimator: str, window: int | None, eps: float, bias_correction: bool, bandwidth: float | None
 ) -> None:
+    """Check the options of `marginal_entropy` that do not depend on the samples.
+
+    Raises:
+        ValueError: If one is out of range, or does not fit the estimator.
+    """
     if estimator not in ("m_spacings", "kde"):
         raise ValueError(f"`estimator` must be m_spacings or kde, got {estimator!r}. Pass one of the two.")
-    if num_samples < 2:
-        raise ValueError(f"`x` must hold at least 2 samples, got {num_samples}. Pass a larger batch.")
+    if not eps >= 0:
+        raise ValueError(f"`eps` must not be negative, got {eps}. The paper's is 1e-7.")
+    if window is not None and window < 1:
+        raise ValueError(f"`window` must lie between 1 and N - 1, got {window}. Leave it out for round(sqrt(N)).")
     if estimator == "kde" and (window is not None or bias_correction):
         raise ValueError("`window` and `bias_correction` belong to m_spacings, got estimator 'kde'. Leave them out.")
     if estimator == "m_spacings" and bandwidth is not None:
         raise ValueError("`bandwidth` belongs to kde, got estimator 'm_spacings'. Leave it out, or pass window.")
     if bandwidth is not None and not bandwidth > 0:
         raise ValueError(f"`bandwidth` must be positive, got {bandwidth}. Leave it out for Silverman's rule.")
-    if window is not None and not 1 <= window < num_samples:
-        raise ValueError(
-            f"`window` must lie between 1 and N - 1 = {num_samples - 1}, got {window}. "
-            "Pass a smaller window, or leave it out for round(sqrt(N))."
-        )
 
 
 class _MSpacingEntropy(torch.autograd.Function):
@@ -168,9 +177,9 @@ def _coordinate_blocks(x: Float[Tensor, "N D"]) -> Iterator[slice]:
 def sort_coordinates(x: Float[Tensor, "N d"]) -> tuple[Float[Tensor, "d N"], Int[Tensor, "d N"]]:
     """Sort each coordinate, ties in the order of their rows: sorted values and their rows, one coordinate a row.
 
-    Ties broken by row make value and gradient the same on one process and on many. NaN sorts last.
+    Ties broken by row make value and gradient the same on one process and on many. NaN sorts to either end.
     """
-    columns = x.t().contiguous()
+    columns = (x.t() + 0.0).contiguous()  # -0.0 becomes 0.0: they are ties
     if columns.device.type != "cpu" or columns.dtype != torch.float32:
         return torch.sort(columns, dim=1, stable=True)
     order = _float32_order(columns)

@@ -10,6 +10,19 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from e2mc_hf.arguments import RegularizerArguments, RunArguments, require
 
+# Fields of transformers.TrainingArguments that the optimizers and loaders of this package do not read.
+_WITHOUT_EFFECT = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim_args",
+    "label_smoothing_factor",
+    "data_seed",
+    "train_sampling_strategy",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+)
+
 
 @dataclass
 class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArguments):
@@ -54,6 +67,9 @@ class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArgument
             str(self.optim),
             "Choose with --optimizer lars, adamw or sgd.",
         )
+        for name in _WITHOUT_EFFECT:
+            value = getattr(self, name)
+            require(value == defaults[name].default, name, "has no effect here", value, "Leave it out.")
         require(
             self.num_train_epochs > 0 or self.max_steps > 0,
             "num_train_epochs",
@@ -61,7 +77,21 @@ class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArgument
             self.num_train_epochs,
             "The paper adds 10 epochs.",
         )
+        require(
+            not (self.fsdp or self.fsdp_config or self.deepspeed or self.auto_find_batch_size),
+            "fsdp, deepspeed and auto_find_batch_size",
+            "must be off: they were never run with the exports and batches of this trainer",
+            {"fsdp": self.fsdp or self.fsdp_config, "deepspeed": self.deepspeed},
+            "Use several processes of one GPU each.",
+        )
         TrainingArguments.__post_init__(self)
+        require(
+            self.n_gpu <= 1,
+            "n_gpu",
+            "must be one GPU a process: several in one process would score parts of the batch apart",
+            self.n_gpu,
+            "Start with torchrun --nproc_per_node N, or choose one with CUDA_VISIBLE_DEVICES=0.",
+        )
         trackers = self.report_to if isinstance(self.report_to, list) else [self.report_to]
         installed = get_available_reporting_integrations()
         for tracker in trackers:

@@ -18,7 +18,8 @@ def check_world(world_size: int) -> None:
     """Compare the processes that train together with those that were asked for.
 
     `accelerate launch --cpu --num_processes 2` starts one process without a word, and two processes on a machine
-    without a GPU train apart unless `--use_cpu` is given.
+    without a GPU train apart unless `--use_cpu` is given. A number of processes that only accelerate's configuration
+    file asks for is not seen.
 
     Args:
         world_size: Processes that train together, as transformers sees them.

@@ -35,12 +35,12 @@ class E2MCTrainer(Trainer):
         train_dataset: `ViewDataset`, cut into global batches by the package; any other dataset is left to
             transformers and needs a `data_collator`.
         eval_dataset: Likewise, for the loss on held-out images.
-        regularizer: Module from (V, N, D) to `RegularizerOutput`; built from `args.regularizer` when not given.
+        regularizer: Module from (V, N, D) to `RegularizerOutput`, in place of `args.regularizer`.
         **kwargs: Further arguments of `transformers.Trainer`.
 
     Raises:
         UsageError: If the batch of all processes is too small for its statistics, or an option is unknown.
-        FloatingPointError: While training, if the loss is not finite; the weights are those of the step before.
+        FloatingPointError: While training, if the loss is not finite: before it is used for an update.
     """
 
     args: E2MCTrainingArguments
@@ -76,11 +76,16 @@ class E2MCTrainer(Trainer):
                 world_size=args.world_size,
                 seed=args.seed,
             )
-        self.regularizer = regularizer or build_regularizer(args.regularizer, args.regularizer_options())
+        if regularizer is None:
+            regularizer = build_regularizer(args.regularizer, args.regularizer_options())
+        self.regularizer = regularizer
+        _check_window(regularizer, global_batch)
         self._terms = {"train": TermAverages(), "eval": TermAverages()}
         if args.sync_batchnorm:
             model = synchronize_batch_norm(model, args.device)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # Otherwise transformers evaluates a loss only where there are labels, or where `forward` has `return_loss`.
+        self.can_return_loss, self.label_names = True, []
 
     def compute_loss(
         self,
@@ -168,3 +173,15 @@ class E2MCTrainer(Trainer):
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return torch.as_tensor(self.accelerator.reduce(values, reduction="mean"))
+
+
+def _check_window(regularizer: nn.Module | None, global_batch: int) -> None:
+    """Refuse a window that leaves no spacing before a folder is made."""
+    window = getattr(regularizer, "window", None)
+    require(
+        window is None or 1 <= window < global_batch,
+        "regularizer_args",
+        f"must have a window between 1 and {global_batch - 1} for a batch of {global_batch} over all processes",
+        {"window": window},
+        "Leave the window out for round(sqrt(N)).",
+    )

@@ -29,6 +29,7 @@ RECORD = {
                     "standard_error": 0.01,
                     "over": "test images",
                     "num_draws": 1,
+                    "num_labels": 1347,
                 }
             ],
         }

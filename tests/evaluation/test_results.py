@@ -45,6 +45,7 @@ def test_the_record_holds_what_was_measured(record):
         "standard_error": pytest.approx(0.1),
         "over": "draws",
         "num_draws": 2,
+        "num_labels": 0,
         "values": [0.6, 0.8],
         "strengths": [0.1, 1.0],
         "converged": [True, False],

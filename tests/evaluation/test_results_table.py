@@ -11,8 +11,16 @@ def encoder(name, neighbors, probe):
                 "standard_error": 0.01,
                 "over": "test images",
                 "num_draws": 1,
+                "num_labels": 9469,
             },
-            {"protocol": "linear probe 1%", "accuracy": probe, "standard_error": 0.02, "over": "draws", "num_draws": 5},
+            {
+                "protocol": "linear probe 1%",
+                "accuracy": probe,
+                "standard_error": 0.02,
+                "over": "draws",
+                "num_draws": 5,
+                "num_labels": 95,
+            },
         ],
     }
 
@@ -38,10 +46,11 @@ RECORD = {
 def test_rows_are_protocols_and_columns_encoders_then_differences():
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in results_table(RECORD).splitlines()]
     encoders, pairs = ["before", "after", "control"], ["after - before", "control - before", "control - after"]
-    assert lines[0] == ["protocol", *encoders, *pairs, "error over"]
+    assert lines[0] == ["protocol", "labels", *encoders, *pairs, "error over"]
     assert lines[2:] == [
         [
             "knn k=20",
+            "9469",
             "70.00 ± 1.00",
             "71.23 ± 1.00",
             "70.00 ± 1.00",
@@ -52,6 +61,7 @@ def test_rows_are_protocols_and_columns_encoders_then_differences():
         ],
         [
             "linear probe 1%",
+            "95",
             "50.00 ± 2.00",
             "49.00 ± 2.00",
             "50.00 ± 2.00",

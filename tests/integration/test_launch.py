@@ -57,7 +57,8 @@ def assert_same_run(one: Path, two: Path) -> None:
     """
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     first, other = (json.loads((folder / "log.json").read_text())[0] for folder in (one, two))
-    assert other == pytest.approx(first, rel=1e-5, abs=1e-8)
+    assert other.pop("grad_norm") == pytest.approx(first.pop("grad_norm"), rel=1e-3)
+    assert other == pytest.approx(first, rel=1e-5, abs=1e-7)
 
 
 @pytest.fixture(scope="module")

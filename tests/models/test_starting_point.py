@@ -29,8 +29,13 @@ def run(encoder, tmp_path):
     return model, tmp_path / "run"
 
 
+FROZEN = "Frozen, since the features do not depend on them: model.embeddings.mask_token."
+
+
 def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [message for message in messages if message.startswith("Frozen")] == [FROZEN]
+    return [message for message in messages if message != FROZEN]
 
 
 def test_an_encoder_gets_new_heads_and_the_log_says_so(encoder, caplog):

@@ -37,24 +37,26 @@ def test_p1_corrected_estimate_is_scipys_van_es(seed: int, num_samples: int, dat
     np.testing.assert_allclose(ours.numpy(), scipy, rtol=0, atol=1e-10)
 
 
-@given(seeds, sizes, st.floats(-100, 100))
-def test_p2_translation_changes_nothing(seed: int, num_samples: int, shift: float) -> None:
-    x = normal(seed, num_samples)
-    difference = marginal_entropy(x + shift, eps=0.0) - marginal_entropy(x, eps=0.0)
-    assert difference.abs().max() <= 1e-12 * max(1.0, abs(shift)) / minimal_spacing(x)
-
-
-def minimal_spacing(x: Tensor) -> float:
-    window = default_window(x.shape[0])
-    ordered = x.sort(dim=0).values
-    return min(1.0, (ordered[window:] - ordered[:-window]).min().item())
+@given(seeds, sizes, st.integers(-100, 100), st.sampled_from([torch.float32, torch.float64]))
+def test_p2_translation_changes_nothing(seed: int, num_samples: int, shift: int, dtype: torch.dtype) -> None:
+    # On a grid of 2^-14 the shifted samples are exact in float32, so that nothing but the estimator is tested.
+    x = normal(seed, num_samples).mul(2**14).round().div(2**14).to(dtype)
+    difference = marginal_entropy(x + shift) - marginal_entropy(x)
+    assert difference.abs().max() <= (1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @given(seeds, sizes, st.floats(1e-3, 1e3), st.sampled_from([-1.0, 1.0]))
 def test_p3_scaling_adds_the_logarithm_of_the_scale(seed: int, num_samples: int, scale: float, sign: float) -> None:
     x = normal(seed, num_samples)
     difference = marginal_entropy(sign * scale * x, eps=0.0) - marginal_entropy(x, eps=0.0)
-    assert (difference - math.log(scale)).abs().max() <= 1e-12 / minimal_spacing(x)
+    assert (difference - math.log(scale)).abs().max() <= 1e-12
+
+
+@given(seeds, sizes, st.integers(-10, 10), st.sampled_from([-1.0, 1.0]))
+def test_p3_scaling_holds_in_float32(seed: int, num_samples: int, exponent: int, sign: float) -> None:
+    x = normal(seed, num_samples, dtype=torch.float32)
+    difference = marginal_entropy(sign * 2.0**exponent * x, eps=0.0) - marginal_entropy(x, eps=0.0)
+    assert (difference - exponent * math.log(2)).abs().max() <= 1e-6 * max(1, abs(exponent))
 
 
 @given(seeds, st.integers(4, 60), st.integers(1, 6))
@@ -161,7 +163,7 @@ def test_p10_any_ties_give_finite_values_and_bounded_gradients(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_p10_ties_are_broken_by_row(dtype: torch.dtype) -> None:
-    x = torch.tensor([0.5, 0.2, 0.5, 0.5, 0.2, -1.0], dtype=dtype)[:, None]
+    x = torch.tensor([0.5, 0.0, 0.5, 0.5, -0.0, -1.0], dtype=dtype)[:, None]
     ordered, order = sort_coordinates(x)
     assert order.tolist() == [[5, 1, 4, 0, 2, 3]]
     assert torch.equal(ordered[0], x[order[0], 0])
@@ -183,15 +185,16 @@ def test_p11_half_precision_samples_are_computed_in_float32(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_p12_nan_stays_in_its_column(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_p12_nan_stays_in_its_column(dtype: torch.dtype, sign: int) -> None:
     x = normal(0, 50, 4, dtype)
-    x[7, 2] = math.nan
+    x[7, 2] = math.copysign(math.nan, sign)
     assert marginal_entropy(x).isnan().tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("window", [0, 8, 9, -1])
 def test_p13_a_window_without_spacings_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match="`window` must lie between 1 and N - 1 = 7"):
+    with pytest.raises(ValueError, match=f"`window` must lie between 1 and N - 1.*, got {window}"):
         marginal_entropy(normal(0, 8), window=window)
 
 

@@ -146,6 +146,17 @@ def test_any_model_with_loss_and_embeddings_can_be_regularized(tmp_path: Path) -
     assert logs[-1]["marginal_entropy"] > logs[0]["marginal_entropy"]
 
 
+def test_any_model_is_evaluated_with_loss_and_terms(tmp_path: Path) -> None:
+    metrics = trainer(tmp_path, TwoViewRegression(), dataset=Points(), per_device_eval_batch_size=BATCH).evaluate()
+    assert {"eval_loss", "eval_objective_loss", "eval_marginal_entropy"} <= metrics.keys()
+
+
+def test_a_window_as_wide_as_the_batch_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"window between 1 and {BATCH - 1} for a batch of {BATCH}"):
+        trainer(tmp_path / "run", regularizer_args={"window": BATCH})
+    assert not (tmp_path / "run").exists()
+
+
 class Constant(nn.Module):
     def forward(self, embeddings: Tensor) -> Any:
         class Output(NamedTuple):
@@ -221,6 +232,8 @@ def test_a_batch_of_three_is_refused(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` must be 1"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
         ({"optim": "adafactor"}, "`optim` has no effect here"),
+        ({"adam_beta2": 0.5}, "`adam_beta2` has no effect here"),
+        ({"auto_find_batch_size": True}, "must be off"),
         ({"num_train_epochs": 0.0}, "`num_train_epochs` must be positive"),
         ({"optimizer": "adam"}, "`optimizer` must be lars, adamw or sgd, got 'adam'"),
     ],
