@@ -34,7 +34,7 @@ GROUPS = {
     "views": ViewArguments,
     "run": RunArguments,
 }
-EPILOG = "Any other field of transformers.TrainingArguments is a flag by its name, such as --torch_compile true."
+EPILOG = "Any other field of transformers.TrainingArguments is a flag by its name, such as --dataloader_pin_memory false."
 
 
 def parse(argv: list[str] | None) -> Options:
