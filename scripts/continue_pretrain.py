@@ -34,7 +34,7 @@ GROUPS = {
     "views": ViewArguments,
     "run": RunArguments,
 }
-EPILOG = "Any other field of transformers.TrainingArguments is a flag by its name, such as --dataloader_pin_memory false."
+EPILOG = "Any other field of transformers.TrainingArguments is a flag by its name, such as --save_steps 500."
 
 
 def parse(argv: list[str] | None) -> Options:
