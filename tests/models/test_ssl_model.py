@@ -172,7 +172,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path, encoder):
     model(views).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in 5.23
     model(views).loss.backward()
     assert len(expected) > 20
     assert all(
