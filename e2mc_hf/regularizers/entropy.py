@@ -179,7 +179,7 @@ def sort_coordinates(x: Float[Tensor, "N d"]) -> tuple[Float[Tensor, "d N"], Int
 
     Ties broken by row make value and gradient the same on one process and on many. NaN sorts to either end.
     """
-    columns = (x.t() + 0.0).contiguous()  # -0.0 becomes 0.0: they are ties
+    columns = torch.add(x.t(), 0.0, out=x.new_empty(x.shape[::-1]))  # -0.0 becomes 0.0: they are ties
     if columns.device.type != "cpu" or columns.dtype != torch.float32:
         return torch.sort(columns, dim=1, stable=True)
     order = _float32_order(columns)
