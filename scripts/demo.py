@@ -1,6 +1,8 @@
 """The whole loop on the embedded digits: pretrain, continue with E2MC and as control, export, evaluate, compare.
 
-python scripts/demo.py --output_dir demo
+  python scripts/demo.py --output_dir demo
+
+Further flags go to every training, such as --max_steps 1 --logging_steps 1 for a rehearsal.
 """
 
 import argparse
