@@ -12,17 +12,18 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from e2mc_hf.distributed import all_gather
 from e2mc_hf.objectives.heads import projector
+from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.objectives.output import ObjectiveOutput
 from e2mc_hf.regularizers.covariance import off_diagonal_covariance
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
 
 
-class VICReg(nn.Module):
+class VICReg(Objective):
     """VICReg with its expander.
 
     Invariance is taken over the samples of this process, variance and covariance over those of all processes.
@@ -42,7 +43,10 @@ class VICReg(nn.Module):
         and the covariance summed.
     """
 
-    num_views = 2
+    paper = (
+        "Bardes, Ponce, LeCun, VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, "
+        "ICLR 2022, https://arxiv.org/abs/2105.04906"
+    )
 
     def __init__(
         self,
@@ -67,11 +71,12 @@ class VICReg(nn.Module):
         self.covariance_weight = covariance_weight
         self.eps = eps
 
-    def forward(self, features: Sequence[Float[Tensor, "B F"]]) -> ObjectiveOutput:
+    def forward(self, features: Sequence[Float[Tensor, "B F"]], teacher_features: None = None) -> ObjectiveOutput:
         """Project the features of two views and score them.
 
         Args:
             features: Pooled backbone outputs of each view on this process.
+            teacher_features: None.
 
         Returns:
             Loss, embeddings (2, B, D) and the terms `invariance`, `variance`, `covariance`.
@@ -79,8 +84,7 @@ class VICReg(nn.Module):
         Raises:
             ValueError: If there are not exactly two views.
         """
-        if len(features) != 2:
-            raise ValueError(f"`num_views` must be 2 for vicreg, got {len(features)}. Pass --num_views 2.")
+        self.check_views(features)
         embeddings = torch.stack([self.projector(view) for view in features])
         return self.score(embeddings)
 
