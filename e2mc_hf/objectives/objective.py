@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from e2mc_hf.objectives.output import ObjectiveOutput
+from e2mc_hf.objectives.teacher import TeacherBuffers
 from e2mc_hf.progress import Progress
 
 
@@ -23,6 +24,9 @@ class Objective(nn.Module):
         has_teacher: Whether the model keeps an exponential moving average of the backbone for `teacher_features`.
         joint_batch_statistics: Whether views of one size pass the backbone as one batch, as in the authors' code;
             otherwise batch normalization sees one view at a time.
+        num_large_views: Views that come first, at full size; a teacher sees only these.
+        teacher_buffers: What becomes of the teacher's buffers, see `update_teacher`.
+        progress: How far the run has come.
     """
 
     paper: ClassVar[str]
@@ -31,6 +35,7 @@ class Objective(nn.Module):
     has_teacher: ClassVar[bool] = False
     joint_batch_statistics: ClassVar[bool] = False
     num_large_views: ClassVar[int] = 2
+    teacher_buffers: TeacherBuffers = "own"
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,5 +80,5 @@ class Objective(nn.Module):
         if len(features) == 2 or (self.takes_small_views and len(features) > 2):
             return
         rule = "at least 2" if self.takes_small_views else "2"
-        name = type(self).__name__.lower()
+        name = type(self).__module__.split(".")[-1]  # a file is called as the recipe calls its objective
         raise ValueError(f"`num_views` must be {rule} for {name}, got {len(features)}. Pass --num_views 2.")

@@ -30,7 +30,7 @@ def marginal_entropy(
     *,
     transform: Transform | None = None,
     estimator: Estimator = "m_spacings",
-    window: int | None = None,
+    window: int | tuple[int, ...] | None = None,
     eps: float = 1e-7,
     bias_correction: bool = False,
     bandwidth: float | None = None,
@@ -46,7 +46,7 @@ def marginal_entropy(
         transform: Map to the unit interval applied first: `sigmoid`, `normal_cdf`, or None for `x` as it is. Spacings
             are then taken from the nearer end, so that float32 resolves them next to 1 as well as next to 0.
         estimator: `m_spacings`, O(N log N) a coordinate, or `kde`, O(N^2).
-        window: m of the spacings; round(sqrt(N)) when not given.
+        window: m of the spacings, or several of which the estimates are averaged; round(sqrt(N)) when not given.
         eps: Added to the scaled spacing, or to the density, before the logarithm; keeps ties finite.
         bias_correction: Add the constant that makes the m-spacing estimate van Es' (1992).
         bandwidth: h of the kernel, unit of `x`; Silverman's 1.06 * std * N^(-1/5) of each coordinate when not given.
@@ -66,24 +66,50 @@ def marginal_entropy(
     check_estimator(estimator, window, eps, bias_correction, bandwidth)
     if num_samples < 2:
         raise ValueError(f"`x` must hold at least 2 samples, got {num_samples}. Pass a larger batch.")
-    if window is not None and window >= num_samples:
-        raise ValueError(
-            f"`window` must lie between 1 and N - 1 = {num_samples - 1}, got {window}. "
-            "Pass a smaller window, or leave it out for round(sqrt(N))."
-        )
+    check_window(window, num_samples)
     x = full_precision(x)
     with autocast_off(x):
         cube = unit_cube_map(transform) if transform is not None else None
         if estimator == "kde":
             return _kernel_density_entropy(cube.cdf(x) if cube else x, bandwidth, eps)
-        m = window or default_window(num_samples)
-        entropy: Tensor = _MSpacingEntropy.apply(x, m, eps, cube)
-        return entropy + van_es_correction(num_samples, m) if bias_correction else entropy
+        windows = _windows(window or default_window(num_samples))
+        entropy: Tensor = _MSpacingEntropy.apply(x, windows, eps, cube)
+        if not bias_correction:
+            return entropy
+        return entropy + math.fsum(van_es_correction(num_samples, m) for m in windows) / len(windows)
 
 
 def default_window(num_samples: int) -> int:
     """Window m = round(sqrt(N)) of the paper, for the N of the whole batch over all processes."""
     return round(math.sqrt(num_samples))
+
+
+def batch_invariant_window(num_samples: int, reference_batch: int) -> int:
+    """Window under which the entropy pulls on a sample as hard as in a batch of another size.
+
+    A spacing of m uniform samples fluctuates by 1/sqrt(m), so the force N dH/dx_i on a sample, a difference of two
+    inverse spacings, is about sqrt(2) N / m^(3/2): with m = round(sqrt(N)) it grows like N^(1/4), while an objective
+    that is a mean over the batch pulls on each sample alike in any batch. With m in proportion to N^(2/3) it stays.
+
+    Args:
+        num_samples: N of the whole batch over all processes.
+        reference_batch: Batch in which the weight was chosen; there the window is the paper's.
+    """
+    window = round(math.sqrt(reference_batch) * math.pow(num_samples / reference_batch, 2 / 3))
+    return min(max(1, window), num_samples - 1)
+
+
+def coprime_windows(window: int) -> tuple[int, ...]:
+    """A window, and the largest without a common divisor of those at most half as wide.
+
+    Clusters of k tied values fill the spacings of every window that k divides, so that the two have none in common.
+    """
+    half = window // 2
+    return (window, *[k for k in range(half, 0, -1) if math.gcd(k, window) == 1][:1])
+
+
+def _windows(window: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (window,) if isinstance(window, int) else window
 
 
 def van_es_correction(num_samples: int, window: int) -> float:
@@ -97,8 +123,25 @@ def van_es_correction(num_samples: int, window: int) -> float:
     return harmonic + math.log(window) - math.log(num_samples + 1)
 
 
+def check_window(window: int | tuple[int, ...] | None, num_samples: int) -> None:
+    """Refuse a window that leaves no spacing.
+
+    Raises:
+        ValueError: If one is as large as the batch.
+    """
+    if window is not None and max(_windows(window)) >= num_samples:
+        raise ValueError(
+            f"`window` must lie between 1 and N - 1 = {num_samples - 1}, got {window}. "
+            "Pass a smaller window, or leave it out for round(sqrt(N))."
+        )
+
+
 def check_estimator(
-    estimator: str, window: int | None, eps: float, bias_correction: bool, bandwidth: float | None
+    estimator: str,
+    window: int | tuple[int, ...] | None,
+    eps: float,
+    bias_correction: bool,
+    bandwidth: float | None,
 ) -> None:
     """Check the options of `marginal_entropy` that do not depend on the samples.
 
@@ -109,7 +152,7 @@ def check_estimator(
         raise ValueError(f"`estimator` must be m_spacings or kde, got {estimator!r}. Pass one of the two.")
     if not eps >= 0:
         raise ValueError(f"`eps` must not be negative, got {eps}. The paper's is 1e-7.")
-    if window is not None and window < 1:
+    if window is not None and min(_windows(window), default=0) < 1:
         raise ValueError(f"`window` must lie between 1 and N - 1, got {window}. Leave it out for round(sqrt(N)).")
     if estimator == "kde" and (window is not None or bias_correction):
         raise ValueError("`window` and `bias_correction` belong to m_spacings, got estimator 'kde'. Leave them out.")
@@ -127,21 +170,25 @@ class _MSpacingEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Float[Tensor, "N D"], window: int, eps: float, cube: UnitCubeMap | None
+        ctx: Any, x: Float[Tensor, "N D"], windows: tuple[int, ...], eps: float, cube: UnitCubeMap | None
     ) -> Float[Tensor, " D"]:
         num_samples, num_dims = x.shape
-        entropy = x.new_empty(num_dims)
+        entropy = x.new_zeros(num_dims)
         gradient = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for block in _coordinate_blocks(x):
             ordered, order = sort_coordinates(x[:, block])
-            spacings = _spacings(ordered, window, cube).mul_((num_samples + 1) / window).add_(eps)
-            entropy[block] = spacings.log().mean(dim=1)
-            if gradient is not None:
-                # d log(s_i) / dx pulls the upper end of spacing i up and its lower end down, both by 1/s_i.
-                pull = spacings.reciprocal_().mul_((num_samples + 1) / (window * (num_samples - window)))
-                by_rank = torch.zeros_like(ordered)
-                by_rank[:, window:] = pull
-                by_rank[:, :-window] -= pull
+            image = ordered if cube is None else _distance_to_nearer_end(ordered, cube)
+            by_rank = torch.zeros_like(ordered) if gradient is not None else None
+            for window in windows:
+                spacings = _spacings(image, window, cube is not None).mul_((num_samples + 1) / window).add_(eps)
+                entropy[block] += spacings.log().mean(dim=1) / len(windows)
+                if by_rank is not None:
+                    # d log(s_i) / dx pulls the upper end of spacing i up and its lower end down, both by 1/s_i.
+                    share = (num_samples + 1) / (window * (num_samples - window)) / len(windows)
+                    pull = spacings.reciprocal_().mul_(share)
+                    by_rank[:, window:] += pull
+                    by_rank[:, :-window] -= pull
+            if gradient is not None and by_rank is not None:
                 if cube is not None:
                     by_rank *= cube.density(ordered)
                 gradient[:, block] = torch.empty_like(by_rank).scatter_(1, order, by_rank).t()
@@ -155,17 +202,21 @@ class _MSpacingEntropy(torch.autograd.Function):
         return gradient * grad_entropy, None, None, None
 
 
-def _spacings(ordered: Float[Tensor, "d N"], window: int, cube: UnitCubeMap | None) -> Float[Tensor, "d S"]:
-    """Distances x_(i+m) - x_(i) of sorted values, or of their images in the unit interval.
+def _distance_to_nearer_end(ordered: Float[Tensor, "d N"], cube: UnitCubeMap) -> Float[Tensor, "d N"]:
+    """Image u in the unit interval as its signed distance to the nearer end: u below 1/2, u - 1 above.
 
-    An image u is held as its signed distance to the nearer end: u below 1/2, u - 1 above. Two images on one side then
-    differ by their distances, exactly as u does; a spacing across the middle gets the 1 back.
+    Two images on one side then differ by their distances, exactly as u does, and float32 resolves both ends.
     """
-    if cube is None:
-        return ordered[:, window:] - ordered[:, :-window]
-    distance = torch.copysign(cube.cdf(-ordered.abs()), -ordered)
-    across = torch.signbit(distance[:, window:]) & ~torch.signbit(distance[:, :-window])
-    return (distance[:, window:] - distance[:, :-window]).add_(across)
+    return torch.copysign(cube.cdf(-ordered.abs()), -ordered)
+
+
+def _spacings(ordered: Float[Tensor, "d N"], window: int, in_unit_interval: bool) -> Float[Tensor, "d S"]:
+    """Distances x_(i+m) - x_(i) of sorted values, or of images held as their distance to the nearer end."""
+    spacings = ordered[:, window:] - ordered[:, :-window]
+    if not in_unit_interval:
+        return spacings
+    # A spacing across the middle gets back the 1 that was taken from its upper end.
+    return spacings.add_(torch.signbit(ordered[:, window:]) & ~torch.signbit(ordered[:, :-window]))
 
 
 def _coordinate_blocks(x: Float[Tensor, "N D"]) -> Iterator[slice]:

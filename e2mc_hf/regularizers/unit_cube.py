@@ -5,9 +5,13 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Transform = Literal["sigmoid", "normal_cdf"]
+
+# Below this standard deviation a coordinate is scaled by a constant: VICReg's floor, sqrt(1e-4).
+_MIN_STD = 0.01
 
 
 class UnitCubeMap(NamedTuple):
@@ -46,3 +50,37 @@ def unit_cube_map(transform: str) -> UnitCubeMap:
     if transform not in UNIT_CUBE_MAPS:
         raise ValueError(f"`transform` must be sigmoid or normal_cdf, got {transform!r}. Pass one of the two.")
     return UNIT_CUBE_MAPS[transform]
+
+
+def match_scale(
+    z: Float[Tensor, "N D"], *, standardize: bool = False, temperature: float = 1.0
+) -> Float[Tensor, "N D"]:
+    """Bring coordinates to the scale of the map that follows.
+
+    A uniform image needs a normal distribution of standard deviation 1 under `normal_cdf` and a logistic one of
+    pi/sqrt(3) = 1.81 under `sigmoid`; of the normal ones, that of 1.749 comes nearest there.
+
+    Args:
+        z: Samples.
+        standardize: Subtract the mean of each coordinate and divide by its standard deviation, both with gradient, so
+            that a criterion of the result is blind to the scale. With a constant divisor it would not be: whatever the
+            scale, the sigmoid asks for more of it. Below a standard deviation of 0.01 the divisor is 0.01.
+        temperature: Divisor after that.
+
+    Returns:
+        `z` itself when there is nothing to do.
+    """
+    if standardize:
+        variance, mean = torch.var_mean(z, dim=0)
+        z = (z - mean) / variance.clamp_min(_MIN_STD**2).sqrt()
+    return z if temperature == 1 else z / temperature
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}. The paper's is 1.")

@@ -1,6 +1,7 @@
 """Properties of the entropy estimators; P1-P13 are the project's list of them."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -192,9 +193,20 @@ def test_p12_nan_stays_in_its_column(dtype: torch.dtype, sign: int) -> None:
     assert marginal_entropy(x).isnan().tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("window", [0, 8, 9, -1])
-def test_p13_a_window_without_spacings_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match=f"`window` must lie between 1 and N - 1.*, got {window}"):
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("transform", [None, "sigmoid"])
+def test_several_windows_are_the_mean_of_each(transform: str | None, bias_correction: bool) -> None:
+    x = normal(0, 30).requires_grad_()
+    several = marginal_entropy(x, transform=transform, window=(5, 2), bias_correction=bias_correction)
+    single = [marginal_entropy(x, transform=transform, window=m, bias_correction=bias_correction) for m in (5, 2)]
+    gradients = [torch.autograd.grad(h.sum(), x)[0] for h in (several, *single)]
+    torch.testing.assert_close(several, (single[0] + single[1]) / 2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[0], (gradients[1] + gradients[2]) / 2, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [0, 8, 9, -1, (), (2, 8), (0, 2)])
+def test_p13_a_window_without_spacings_is_refused(window: int | tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"`window` must lie between 1 and N - 1.*, got {re.escape(str(window))}"):
         marginal_entropy(normal(0, 8), window=window)
 
 
