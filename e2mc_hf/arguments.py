@@ -3,7 +3,7 @@
 Light on purpose (no torch, no transformers): `scripts/*.py --help` reads it and must answer at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from e2mc_hf.errors import UsageError
@@ -39,7 +39,11 @@ class ModelArguments:
 class ObjectiveArguments:
     """What the encoder is trained with."""
 
-    objective: str = option("vicreg", "Self-supervised objective: vicreg.")
+    objective: str | None = option(
+        None,
+        "Self-supervised objective: vicreg, swav, simsiam, mec, simclr, barlow_twins, byol or dino; that of the heads "
+        "in `model` when not given, or vicreg.",
+    )
     objective_args: dict[str, Any] = option(
         {}, "Options of the objective, key=value (projector_dim=512 projector_layers=3)."
     )
@@ -49,10 +53,26 @@ class ObjectiveArguments:
 class RegularizerArguments:
     """The criterion added to the objective."""
 
-    regularizer: str = option("e2mc", "Criterion added to the objective: e2mc, or none for the control.")
-    regularizer_args: dict[str, Any] = option(
-        {}, "Options of the regularizer, key=value (entropy_weight=1000 covariance_weight=100 transform=sigmoid)."
+    regularizer: str | list[str] = option(
+        "e2mc",
+        "Criterion added to the objective: e2mc, vcreg, uniformity, mmcr, mec, logdet, vne, koleo, sigreg, visreg, "
+        "radial, sliced_entropy, several of them, or none for the control.",
     )
+    regularizer_args: dict[str, Any] = option(
+        {},
+        "Options of the regularizer, key=value (entropy_weight=1000 covariance_weight=100 transform=sigmoid); "
+        "name.key=value for one of several.",
+    )
+    regularizer_warmup_epochs: float = option(0.0, "Epochs over which the criterion's weight grows from 0 to its own.")
+
+    def __post_init__(self) -> None:
+        require(
+            self.regularizer_warmup_epochs >= 0,
+            "regularizer_warmup_epochs",
+            "must not be negative",
+            self.regularizer_warmup_epochs,
+            "0 starts at full weight, as the paper does.",
+        )
 
 
 @dataclass
@@ -85,22 +105,35 @@ class DataArguments:
 class ViewArguments:
     """How the views of an image are drawn; the defaults are VICReg's recipe for photographs.
 
-    A list holds one value a view; one value alone counts for every view.
+    Large views come first, then the small ones of multi-crop. A list holds one value for every view, or one for every
+    large view, of which the last counts for the small ones too; one value alone counts for all.
     """
 
-    num_views: int = option(2, "Views of each image.")
-    image_size: int | None = option(None, "Side of a view in pixels; the encoder's own when not given.")
+    num_views: int = option(2, "Large views of each image.")
+    image_size: int | None = option(None, "Side of a large view in pixels; the encoder's own when not given.")
     crop_scale: list[float] = option([0.08, 1.0], "Range of the crop's share of the image area.")
+    num_small_views: int | None = option(None, "Small views of each image; the objective's own number when not given.")
+    small_image_size: int = option(96, "Side of a small view in pixels; a multiple of the patch size.")
+    small_crop_scale: list[float] = option([0.05, 0.14], "Range of a small crop's share of the image area.")
+    interpolation: str | None = option(None, "bilinear or bicubic crops; the encoder's own when not given.")
     flip_prob: float = option(0.5, "Probability of a horizontal flip.")
     rotation_degrees: float = option(0.0, "Largest rotation to either side, in degrees.")
     jitter_prob: float = option(0.8, "Probability of color jitter.")
     jitter_strength: list[float] = option([0.4, 0.4, 0.2, 0.1], "Brightness, contrast, saturation, hue of the jitter.")
     grayscale_prob: float = option(0.2, "Probability of grayscale.")
     blur_prob: list[float] = option([1.0, 0.1], "Probability of Gaussian blur, one value a view.")
+    blur_sigma: list[float] = option([0.1, 2.0], "Range of the blur's standard deviation, in pixels.")
     solarize_prob: list[float] = option([0.0, 0.2], "Probability of solarization, one value a view.")
 
     def __post_init__(self) -> None:
         require(self.num_views >= 2, "num_views", "must be at least 2", self.num_views, "Pass --num_views 2 or more.")
+        require(
+            self.num_small_views is None or self.num_small_views >= 0,
+            "num_small_views",
+            "must not be negative",
+            self.num_small_views,
+            "Pass 0 for large views alone.",
+        )
         require(
             self.image_size is None or self.image_size >= 8,
             "image_size",
@@ -109,16 +142,36 @@ class ViewArguments:
             "Leave it out to use the encoder's own size.",
         )
         require(
+            self.small_image_size >= 8,
+            "small_image_size",
+            "must be at least 8 pixels",
+            self.small_image_size,
+            "The papers' is 96.",
+        )
+        require(
+            self.interpolation in (None, "bilinear", "bicubic"),
+            "interpolation",
+            "must be bilinear or bicubic",
+            self.interpolation,
+            "Leave it out to use the encoder's own.",
+        )
+        require(
             self.rotation_degrees >= 0, "rotation_degrees", "must not be negative", self.rotation_degrees, "0 is off."
         )
-        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
-        require(
-            0 < low <= high <= 1,
-            "crop_scale",
-            "must be two numbers with 0 < low <= high <= 1",
-            self.crop_scale,
-            "Pass --crop_scale 0.08 1.0, for example.",
-        )
+        for name, most, example in (
+            ("crop_scale", 1, "0.08 1.0"),
+            ("small_crop_scale", 1, "0.05 0.14"),
+            ("blur_sigma", 100, "0.1 2.0"),
+        ):
+            value = getattr(self, name)
+            low, high = value if len(value) == 2 else (0.0, 0.0)
+            require(
+                0 < low <= high <= most,
+                name,
+                f"must be two numbers with 0 < low <= high <= {most}",
+                value,
+                f"Pass --{name} {example}, for example.",
+            )
         require(
             len(self.jitter_strength) == 4
             and all(strength >= 0 for strength in self.jitter_strength)
@@ -128,13 +181,19 @@ class ViewArguments:
             self.jitter_strength,
             "Pass brightness, contrast, saturation and hue.",
         )
+        large, every = self.num_views, self.num_views + (self.num_small_views or 0)
+        views = f"{large} large views or of all {every} views" if every > large else f"{large} views"
         for name in ("blur_prob", "solarize_prob"):
+            value = getattr(self, name)
+            for_small = every == large < len(value)
             require(
-                len(getattr(self, name)) in (1, self.num_views),
+                len(value) in (1, large, every),
                 name,
-                f"must hold one value, or one for each of the {self.num_views} views",
-                getattr(self, name),
-                "Pass one number to use it for every view.",
+                f"must hold one value, or one for each of the {views}",
+                value,
+                "Pass --num_small_views to give small ones values of their own."
+                if for_small
+                else "Pass one number to use it for every view.",
             )
         for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
             value = getattr(self, name)
@@ -145,6 +204,19 @@ class ViewArguments:
                 value,
                 "It is a probability.",
             )
+
+    def resolved(self, default_small_views: int) -> "ViewArguments":
+        """Copy in which the number of small views is a number: the user's, or else the objective's own.
+
+        Raises:
+            UsageError: If a list does not fit that number.
+        """
+        return replace(self, num_small_views=default_small_views) if self.num_small_views is None else replace(self)
+
+    def of_each_view(self, values: list[float]) -> list[float]:
+        """Spread a list over all views, large ones first."""
+        values = values * self.num_views if len(values) == 1 else values
+        return values + values[-1:] * (self.num_views + (self.num_small_views or 0) - len(values))
 
 
 @dataclass
@@ -192,7 +264,21 @@ class RunArguments:
     lr_scheduler_type: str = option("constant", "constant, cosine, or any other schedule of transformers.")
     warmup_steps: float = option(0, "Steps of linear warm-up; below 1, a share of all steps.")
     max_grad_norm: float = option(0.0, "Gradient norm to clip at; 0 does not clip.")
-    sync_batchnorm: bool = option(True, "Batch statistics over all processes, so that 2 processes equal 1.")
+    batch_norm: str = option(
+        "synchronized",
+        "train (statistics of each process), synchronized (of all processes, so that 2 equal 1), frozen (the "
+        "encoder's own, kept) or recalibrated (synchronized, then estimated anew after training).",
+    )
+    head_warmup: str = option(
+        "auto",
+        "Steps for which new heads are fitted before the encoder is trained: a number, none, or auto (until the loss "
+        "levels off; no steps where heads were loaded or the encoder is random).",
+    )
+    head_warmup_learning_rate: float = option(1e-3, "Learning rate of AdamW in that phase.")
+    layer_decay: float = option(1.0, "Factor of the learning rate from one layer of the encoder to the one below.")
+    freeze_blocks: int = option(0, "First blocks of the encoder, with its stem, to leave as they are.")
+    lora_rank: int = option(0, "Rank of LoRA on the attention of a vision transformer; 0 trains every weight.")
+    restore_momentum: bool = option(False, "Start with the momentum that an imported checkpoint brought along.")
     seed: int = option(0, "Seed of new heads, order and views.")
     use_cpu: bool = option(False, "Train on the CPU; needed for several CPU processes.")
     bf16: bool = option(False, "bfloat16 autocast; the criterion stays in float32.")
@@ -209,7 +295,7 @@ class RunArguments:
             self.optimizer,
             "Pass --optimizer lars for the paper's.",
         )
-        for name in ("learning_rate", "per_device_train_batch_size", "logging_steps"):
+        for name in ("learning_rate", "head_warmup_learning_rate", "per_device_train_batch_size", "logging_steps"):
             require(getattr(self, name) > 0, name, "must be positive", getattr(self, name), "Pass a positive number.")
         require(
             self.optimizer != "lars" or self.weight_decay > 0,
@@ -225,6 +311,24 @@ class RunArguments:
             self.max_steps,
             "Leave it out to train for num_train_epochs.",
         )
-        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"):
+        not_negative = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers")
+        for name in (*not_negative, "freeze_blocks", "lora_rank"):
             require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name), "Pass 0 or more.")
+        require(
+            self.batch_norm in ("train", "synchronized", "frozen", "recalibrated"),
+            "batch_norm",
+            "must be train, synchronized, frozen or recalibrated",
+            self.batch_norm,
+            "The paper's is synchronized.",
+        )
+        require(
+            self.head_warmup in ("auto", "none") or self.head_warmup.isdecimal(),
+            "head_warmup",
+            "must be auto, none or a number of steps",
+            self.head_warmup,
+            "Pass --head_warmup auto.",
+        )
+        require(
+            0 < self.layer_decay <= 1, "layer_decay", "must lie in (0, 1]", self.layer_decay, "1 treats layers alike."
+        )
         require(0 <= self.momentum < 1, "momentum", "must lie in [0, 1)", self.momentum, "The paper's is 0.9.")

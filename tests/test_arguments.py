@@ -44,6 +44,16 @@ REFUSED = [
     (ViewArguments, "crop_scale", [0.5, 1.1]),
     (ViewArguments, "crop_scale", [NAN, 1.0]),
     (ViewArguments, "crop_scale", [0.5, NAN]),
+    (ViewArguments, "num_small_views", -1),
+    (ViewArguments, "small_image_size", 7),
+    (ViewArguments, "interpolation", "nearest"),
+    *[
+        (ViewArguments, name, value)
+        for name in ("small_crop_scale", "blur_sigma")
+        for value in ([], [0.5], [0.2, 0.5, 1.0], [0.0, 1.0], [0.9, 0.2], [NAN, 1.0], [0.5, NAN])
+    ],
+    (ViewArguments, "small_crop_scale", [0.5, 1.1]),
+    (ViewArguments, "blur_sigma", [0.5, 101.0]),
     (ViewArguments, "jitter_strength", [0.4, 0.4, 0.2]),
     (ViewArguments, "jitter_strength", [0.4, 0.4, -0.2, 0.1]),
     (ViewArguments, "jitter_strength", [0.4, 0.4, 0.2, 0.6]),
@@ -93,6 +103,11 @@ ACCEPTED = [
     (ViewArguments, "image_size", 8),
     (ViewArguments, "rotation_degrees", 0.0),
     (ViewArguments, "crop_scale", [1.0, 1.0]),
+    (ViewArguments, "num_small_views", 0),
+    (ViewArguments, "small_image_size", 8),
+    (ViewArguments, "small_crop_scale", [0.1, 0.1]),
+    (ViewArguments, "interpolation", "bicubic"),
+    (ViewArguments, "blur_sigma", [2.0, 100.0]),
     (ViewArguments, "jitter_strength", [0.0, 2.0, 0.0, 0.5]),
     (ViewArguments, "blur_prob", [0.5]),
     (ViewArguments, "solarize_prob", [0.0, 1.0]),

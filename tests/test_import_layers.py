@@ -6,20 +6,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e2mc_hf"
-FOUNDATION = {"errors", "arguments", "options", "command_line", "distributed", "progress"}
+FOUNDATION = {"errors", "arguments", "options", "command_line", "distributed", "progress", "recipe_files"}
 LEVELS = dict.fromkeys(FOUNDATION, 0) | {
     "regularizers": 1,
     "data": 1,
     "metrics": 1,
     "objectives": 2,
     "models": 3,
+    "methods": 3,
     "evaluation": 3,
     "training": 4,
     "publishing": 5,
     "__init__": 6,  # the public names
 }
 LIBRARIES = {"regularizers": {"torch", "numpy", "jaxtyping"}}
-INSTANT = {"arguments", "errors", "options", "command_line"}
+INSTANT = {"arguments", "errors", "options", "command_line", "recipe_files", "progress"}
 SLOW = {"torch", "transformers", "yaml", "timm", "datasets", "numpy"}
 
 

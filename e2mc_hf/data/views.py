@@ -1,6 +1,7 @@
 """View recipes: several random pictures of one image, each a function of (seed, epoch, sample id, view) alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,32 +14,47 @@ from e2mc_hf.arguments import ViewArguments
 from e2mc_hf.data.image_settings import ImageSettings
 from e2mc_hf.data.seeds import derive_seed
 
-BLUR_SIGMA = (0.1, 2.0)
 SOLARIZE_THRESHOLD = 0.5
 
 
 class ViewTransform:
-    """Draw the views of an image.
+    """Draw the views of an image: the large ones, then the small ones.
+
+    A view's draw depends on its place alone: the large views are the same with and without small ones.
 
     Args:
-        arguments: The recipe; a step whose probability is 0 is left out.
+        arguments: The recipe; a step whose probability is 0 is left out. Without a number of small views there are
+            none: what an objective's own number is, `ViewArguments.resolved` is told.
         settings: The encoder's input size, statistics and interpolation.
     """
 
     def __init__(self, arguments: ViewArguments, settings: ImageSettings) -> None:
-        blur, solarize = (
-            probs * arguments.num_views if len(probs) == 1 else probs
-            for probs in (arguments.blur_prob, arguments.solarize_prob)
+        settings = replace(
+            settings,
+            size=arguments.image_size or settings.size,
+            interpolation=arguments.interpolation or settings.interpolation,
         )
+        small_settings = replace(settings, size=arguments.small_image_size)
+        large = [(settings, arguments.crop_scale)] * arguments.num_views
+        small = [(small_settings, arguments.small_crop_scale)] * (arguments.num_small_views or 0)
         self.pipelines = [
-            v2.Compose([*_geometry(arguments, settings), *_colors(arguments, settings, blur_prob, solarize_prob)])
-            for blur_prob, solarize_prob in zip(blur, solarize, strict=True)
+            v2.Compose([*_geometry(arguments, own, scale), *_colors(arguments, own, blur_prob, solarize_prob)])
+            for (own, scale), blur_prob, solarize_prob in zip(
+                large + small,
+                arguments.of_each_view(arguments.blur_prob),
+                arguments.of_each_view(arguments.solarize_prob),
+                strict=True,
+            )
         ]
 
     def __call__(
         self, image: Image.Image, *, seed: int, epoch: int, sample_id: int
     ) -> list[Float[Tensor, "3 height width"]]:
-        """Draw one view with each pipeline; the global random state is left as it was."""
+        """Draw one view with each pipeline; the global random state is left as it was.
+
+        Returns:
+            Normalized float32 tensors, `num_views` of the large size and `num_small_views` of the small one.
+        """
         views = []
         for view, pipeline in enumerate(self.pipelines):
             with torch.random.fork_rng(devices=[]):
@@ -55,15 +71,17 @@ class GaussianBlur(nn.Module):
 
     Args:
         kernel_size: Side of the kernel, odd.
+        sigma: Range that its standard deviation is drawn from, in pixels.
     """
 
-    def __init__(self, kernel_size: int) -> None:
+    def __init__(self, kernel_size: int, sigma: Sequence[float]) -> None:
         super().__init__()
         self.kernel_size = kernel_size
+        self.sigma = tuple(sigma)
 
     def forward(self, image: Float[Tensor, "3 height width"]) -> Float[Tensor, "3 height width"]:
         """Blur one image."""
-        sigma = torch.empty(1).uniform_(*BLUR_SIGMA).item()
+        sigma = torch.empty(1).uniform_(*self.sigma).item()
         for kernel_size in ([1, self.kernel_size], [self.kernel_size, 1]):
             image = functional.gaussian_blur(image, kernel_size, [sigma, sigma])
         return image
@@ -87,12 +105,12 @@ def evaluation_transform(settings: ImageSettings) -> Callable[[Image.Image], Flo
     return transform
 
 
-def _geometry(arguments: ViewArguments, settings: ImageSettings) -> list[v2.Transform]:
+def _geometry(arguments: ViewArguments, settings: ImageSettings, scale: Sequence[float]) -> list[v2.Transform]:
     """Crop, flip and rotate, on the Pillow image."""
     steps: list[v2.Transform] = [
         v2.RandomResizedCrop(
-            _image_size(arguments, settings),
-            scale=tuple(arguments.crop_scale),
+            settings.size,
+            scale=tuple(scale),
             interpolation=v2.InterpolationMode(settings.interpolation),
             antialias=True,
         )
@@ -115,16 +133,11 @@ def _colors(
         steps.append(v2.RandomGrayscale(arguments.grayscale_prob))
     steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     if blur_prob > 0:
-        kernel_size = _blur_kernel(_image_size(arguments, settings))
-        steps.append(v2.RandomApply([GaussianBlur(kernel_size)], p=blur_prob))
+        blur = GaussianBlur(_blur_kernel(settings.size), arguments.blur_sigma)
+        steps.append(v2.RandomApply([blur], p=blur_prob))
     if solarize_prob > 0:
         steps.append(v2.RandomSolarize(SOLARIZE_THRESHOLD, solarize_prob))
     return [*steps, v2.Normalize(list(settings.mean), list(settings.std))]
-
-
-def _image_size(arguments: ViewArguments, settings: ImageSettings) -> int:
-    """Side of a view: the user's, or else the encoder's own."""
-    return arguments.image_size or settings.size
 
 
 def _blur_kernel(image_size: int) -> int:

@@ -33,8 +33,8 @@ from e2mc_hf.regularizers.coding_length import (
     spectral_radius,
     squared_distortion,
 )
-from e2mc_hf.regularizers.sphere import unit_rows
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
+from e2mc_hf.regularizers.sphere import unit_rows
 
 _WARMUP_FACTOR = 8.0  # of 1/lambda at the first step: 256 before 32 in the authors' code
 

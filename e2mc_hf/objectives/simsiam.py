@@ -14,8 +14,8 @@ from torch import Tensor
 from e2mc_hf.objectives.heads import mlp
 from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.objectives.output import ObjectiveOutput
-from e2mc_hf.regularizers.sphere import unit_rows
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
+from e2mc_hf.regularizers.sphere import unit_rows
 
 
 class SimSiam(Objective):

@@ -8,7 +8,8 @@ from torchvision.transforms import v2
 
 from e2mc_hf.arguments import ViewArguments
 from e2mc_hf.data.image_settings import ImageSettings
-from e2mc_hf.data.views import BLUR_SIGMA, GaussianBlur, ViewTransform, evaluation_transform
+from e2mc_hf.data.seeds import derive_seed
+from e2mc_hf.data.views import GaussianBlur, ViewTransform, evaluation_transform
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 SETTINGS = ImageSettings(size=32)
@@ -48,6 +49,34 @@ def test_interpolation_is_the_settings_own():
     assert not torch.equal(*views)
 
 
+def test_interpolation_can_be_set():
+    transform = ViewTransform(ViewArguments(interpolation="bicubic"), ImageSettings(8, interpolation="bilinear"))
+    bicubic = ViewTransform(ViewArguments(), ImageSettings(8, interpolation="bicubic"))
+    first, second = (chosen(PHOTO, seed=0, epoch=0, sample_id=0) for chosen in (transform, bicubic))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_view_is_torchvisions_own_steps_under_the_views_seed():
+    recipe = ViewArguments(blur_prob=[0.0], solarize_prob=[0.5])
+    steps = v2.Compose(
+        [
+            v2.RandomResizedCrop(32, scale=(0.08, 1.0), interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.RandomSolarize(0.5, 0.5),
+            v2.Normalize(list(SETTINGS.mean), list(SETTINGS.std)),
+        ]
+    )
+    transform = ViewTransform(recipe, SETTINGS)
+    for sample_id in range(10):
+        for place, view in enumerate(transform(PHOTO, seed=7, epoch=2, sample_id=sample_id)):
+            torch.manual_seed(derive_seed(7, 2, sample_id, place))
+            assert torch.equal(view, steps(PHOTO))
+
+
 def test_the_same_draw_gives_the_same_views_in_any_order():
     transform = ViewTransform(ViewArguments(), SETTINGS)
     forward = [transform(PHOTO, seed=0, epoch=1, sample_id=index) for index in range(4)]
@@ -84,12 +113,24 @@ def test_blur_and_solarization_differ_by_view():
 def test_blur_by_columns_and_rows_is_torchvisions_blur():
     image = torch.rand(3, 32, 40, generator=torch.Generator().manual_seed(0))
     blurred = []
-    for blur in (GaussianBlur(9), v2.GaussianBlur(9, BLUR_SIGMA)):
+    for blur in (GaussianBlur(9, (0.5, 3.0)), v2.GaussianBlur(9, (0.5, 3.0))):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             blurred.append(blur(image))
     assert torch.allclose(*blurred, atol=1e-6)
     assert not torch.allclose(blurred[0], image, atol=0.1)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 2.0, 4.0])
+def test_the_strength_of_the_blur_is_the_recipes_own(sigma):
+    recipe = PLAIN | {"blur_prob": [1.0], "solarize_prob": [0.0], "blur_sigma": [sigma, sigma]}
+    settings = ImageSettings(size=128, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    image = PHOTO.resize((128, 128))
+    view = ViewTransform(ViewArguments(**recipe), settings)(image, seed=0, epoch=0, sample_id=0)[0]
+    expected = v2.GaussianBlur(13, (sigma, sigma))(
+        v2.functional.to_dtype(v2.functional.pil_to_tensor(image), scale=True)
+    )
+    assert torch.allclose(view, expected, atol=1e-6)
 
 
 def test_solarization_inverts_the_brighter_half():
