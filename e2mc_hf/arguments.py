@@ -32,7 +32,7 @@ class ModelArguments:
     )
     model_revision: str | None = option(None, "Branch, tag or commit of the encoder on the Hub.")
     from_scratch: bool = option(False, "Random weights on purpose; without it every weight must come from `model`.")
-    backbone_args: dict[str, Any] = option({}, "Arguments of the timm architecture, key=value (dynamic_img_size=true).")
+    backbone_args: dict[str, Any] = option({}, "Arguments of the timm architecture, key=value (img_size=96).")
 
 
 @dataclass
@@ -275,9 +275,9 @@ class RunArguments:
         "levels off; no steps where heads were loaded or the encoder is random).",
     )
     head_warmup_learning_rate: float = option(1e-3, "Learning rate of AdamW in that phase.")
-    layer_decay: float = option(1.0, "Factor of the learning rate from one layer of the encoder to the one below.")
+    layer_decay: float = option(1.0, "Factor of the learning rate from heads to last block, and from block to block.")
     freeze_blocks: int = option(0, "First blocks of the encoder, with its stem, to leave as they are.")
-    lora_rank: int = option(0, "Rank of LoRA on the attention of a vision transformer; 0 trains every weight.")
+    lora_rank: int = option(0, "Rank of LoRA on the attention (needs e2mc-hf[lora]); 0 trains every weight.")
     restore_momentum: bool = option(False, "Start with the momentum that an imported checkpoint brought along.")
     seed: int = option(0, "Seed of new heads, order and views.")
     use_cpu: bool = option(False, "Train on the CPU; needed for several CPU processes.")

@@ -1,9 +1,10 @@
 """Continue the pretraining of a vision encoder with E2MC, or without it as the control.
 
-  python scripts/continue_pretrain.py [recipe.yaml] --model resnet18 --dataset ./photos --output_dir runs/mine
+  python scripts/continue_pretrain.py [RECIPE] --model resnet18 --dataset ./photos --output_dir runs/mine
   torchrun --nproc_per_node 2 scripts/continue_pretrain.py recipe.yaml --use_cpu
 
-The recipe is YAML with the options below by name; flags override it.
+RECIPE is a YAML file with the options below by name, or one of the package's own (swav-800-e2mc, dinov2-vits14, ...:
+see e2mc_hf/recipes); flags override it.
 """
 
 import json
@@ -22,9 +23,10 @@ from e2mc_hf.arguments import (
     require,
 )
 from e2mc_hf.command_line import Options, build_parser, one_line_errors, read_options, recipe_text, refuse_unknown, take
+from e2mc_hf.recipe_files import find_recipe
 
 if TYPE_CHECKING:
-    from e2mc_hf.training.trainer import E2MCTrainer
+    from e2mc_hf.models.ssl_model import SSLModel
 
 GROUPS = {
     "encoder": ModelArguments,
@@ -43,7 +45,7 @@ def parse(argv: list[str] | None) -> Options:
     words = sys.argv[1:] if argv is None else argv
     recipe = words[0] if words and not words[0].startswith("-") else None
     namespace, rest = parser.parse_known_args(words[1:] if recipe else words)
-    return read_options(namespace, GROUPS, recipe, rest)
+    return read_options(namespace, GROUPS, str(find_recipe(recipe)) if recipe else None, rest)
 
 
 def run(options: Options) -> None:
@@ -54,15 +56,21 @@ def run(options: Options) -> None:
     from e2mc_hf.data.dataset import ViewDataset
     from e2mc_hf.data.sources import load_images
     from e2mc_hf.data.views import ViewTransform
-    from e2mc_hf.models.starting_point import load_starting_point
+    from e2mc_hf.models.freezing import freeze_first_blocks
+    from e2mc_hf.models.lora import add_lora
+    from e2mc_hf.models.starting_point import has_heads, load_starting_point, objective_of
+    from e2mc_hf.objectives.registry import check_views, objective_kind
     from e2mc_hf.training.arguments import E2MCTrainingArguments
+    from e2mc_hf.training.finishing import finished_model
+    from e2mc_hf.training.head_warmup import warm_up_heads
     from e2mc_hf.training.launch import check_world
+    from e2mc_hf.training.momentum import read_momentum
     from e2mc_hf.training.trainer import E2MCTrainer
 
     disable_progress_bar()  # those of loading and saving; the training keeps its own
     refuse_unknown(options, [*GROUPS.values(), E2MCTrainingArguments])
     given = dict(options)
-    model_arguments, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
+    start, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
     data, views = take(options, DataArguments), take(options, ViewArguments)
     training = take(options, E2MCTrainingArguments)
     check_world(training.world_size)
@@ -71,26 +79,38 @@ def run(options: Options) -> None:
     output_dir = training.checked_output_dir()
 
     set_seed(training.seed)
+    method = objective_of(start.model, objective.objective, from_scratch=start.from_scratch)
+    views = views.resolved(objective_kind(method).default_small_views)
+    check_views(method, views.num_views, views.num_small_views or 0)
     model = load_starting_point(
-        model_arguments.model,
-        revision=model_arguments.model_revision,
-        from_scratch=model_arguments.from_scratch,
-        backbone_args=model_arguments.backbone_args,
-        objective=objective.objective,
+        start.model,
+        revision=start.model_revision,
+        from_scratch=start.from_scratch,
+        backbone_args=start.backbone_args,
+        objective=method,
         objective_args=objective.objective_args,
         image_size=views.image_size,
-        num_views=views.num_views,
+        other_sizes=[views.small_image_size] if views.num_small_views else [],
     )
+    if training.lora_rank:
+        add_lora(model.backbone, training.lora_rank, teacher=model.teacher)
+    for part in [model.backbone] if model.teacher is None else [model.backbone, model.teacher]:
+        freeze_first_blocks(part, training.freeze_blocks)
     source = load_images(data, data.train_split)
     dataset = ViewDataset(source, ViewTransform(views, model.backbone.image_settings), seed=training.seed)
     dataset[0]  # an unreadable image or a view that cannot be drawn shows before anything is written
 
-    trainer = E2MCTrainer(model, training, dataset)
+    momentum = read_momentum(start.model) if training.restore_momentum else None
+    trainer = E2MCTrainer(model, training, dataset, momentum=momentum)
     if training.overwrite and trainer.is_world_process_zero():
         remove_run(output_dir)
+    if training.resume_from_checkpoint is None:
+        new_heads = not has_heads(start.model, from_scratch=start.from_scratch) and not start.from_scratch
+        warm_up_heads(model, training, dataset, new_heads=new_heads)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trained = finished_model(trainer)
     if trainer.is_world_process_zero():
-        finish(trainer, output_dir, given)
+        finish(trained, trainer.state.log_history, output_dir, given)
     trainer.accelerator.end_training()
 
 
@@ -101,13 +121,12 @@ def remove_run(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def finish(trainer: "E2MCTrainer", output_dir: Path, given: Options) -> None:
+def finish(model: "SSLModel", log: list[dict[str, float]], output_dir: Path, given: Options) -> None:
     """Write model, encoder, log and recipe."""
     from e2mc_hf.publishing.encoder import export_encoder
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(output_dir)
-    (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    (output_dir / "log.json").write_text(json.dumps(log, indent=1))
     (output_dir / "recipe.yaml").write_text(recipe_text(given))
     difference = export_encoder(model.backbone, output_dir / "encoder")
     print(f"Encoder: {output_dir / 'encoder'}; reloaded, its features differ by at most {difference:.1e}.")

@@ -13,7 +13,8 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """Make every batch normalization of a model count the samples of all processes; parameters and names stay.
 
     On CUDA that is torch's SyncBatchNorm through timm's converter (torch's own drops timm's fused activations). On
-    other devices SyncBatchNorm does not run, and `GlobalBatchNorm` takes its place.
+    other devices SyncBatchNorm does not run, and `GlobalBatchNorm` takes its place. Layers that are synchronized
+    already stay as they are: timm's converter would take their activations from them.
 
     Args:
         model: Model to convert in place.
@@ -24,13 +25,12 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
-        converted: nn.Module = convert_sync_batchnorm(model)
-        return converted
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
-                setattr(module, name, GlobalBatchNorm(child))
+            if isinstance(child, _BatchNorm) and not isinstance(child, (GlobalBatchNorm, nn.SyncBatchNorm)):
+                setattr(
+                    module, name, convert_sync_batchnorm(child) if device.type == "cuda" else GlobalBatchNorm(child)
+                )
     return model
 
 

@@ -30,7 +30,7 @@ def settings_of_timm(pretrained_cfg: dict[str, Any]) -> ImageSettings:
 def settings_of_processor(name_or_path: str, revision: str | None, fallback_size: int) -> ImageSettings:
     """Settings of a transformers image processor; ImageNet's statistics when the checkpoint has none."""
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except OSError:
         return ImageSettings(size=fallback_size)
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None

@@ -1,9 +1,11 @@
-"""The model that is trained: a backbone and the objective on top of it."""
+"""The model that is trained: a backbone, the objective on top of it and, where that asks for one, a teacher."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, no_type_check
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -13,6 +15,8 @@ from e2mc_hf.data.image_settings import ImageSettings
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone
 from e2mc_hf.objectives.registry import build_objective
+from e2mc_hf.objectives.teacher import freeze, set_teacher_mode, update_teacher
+from e2mc_hf.progress import Progress
 
 
 @dataclass
@@ -55,11 +59,16 @@ class SSLConfig(PreTrainedConfig):
 
 
 class SSLModel(PreTrainedModel):
-    """A backbone with a self-supervised objective; `save_pretrained` keeps the heads.
+    """A backbone with a self-supervised objective; `save_pretrained` keeps heads, teacher and state.
 
     Args:
         config: Configuration of backbone and objective.
         backbone: Backbone with its weights; one with random weights is built when not given.
+
+    Attributes:
+        backbone: What is trained and exported.
+        objective: Heads, state and loss of the method.
+        teacher: Exponential moving average of the backbone, frozen; None for a method without one.
     """
 
     config: SSLConfig
@@ -72,6 +81,8 @@ class SSLModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = backbone if backbone is not None else _build_backbone(config)
         self.objective = build_objective(config.objective, config.objective_args or {}, config.num_features)
+        has_teacher = self.objective.has_teacher
+        self.teacher = freeze(copy.deepcopy(self.backbone)) if has_teacher else None
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -82,6 +93,7 @@ class SSLModel(PreTrainedModel):
         objective_args: Mapping[str, Any] | None = None,
         *,
         image_size: int | None = None,
+        other_sizes: Sequence[int] = (),
     ) -> "SSLModel":
         """Put new heads on a loaded backbone.
 
@@ -90,6 +102,7 @@ class SSLModel(PreTrainedModel):
             objective: Name of the objective.
             objective_args: Options of the objective.
             image_size: Side of the views in pixels; the backbone's own when not given.
+            other_sizes: Sides of small views.
 
         Raises:
             UsageError: If an option is unknown, the backbone refuses views of that size, or it could not be saved.
@@ -101,33 +114,81 @@ class SSLModel(PreTrainedModel):
                 f"`model` must not hold a weight under several names, which safetensors cannot save, got {shared} such "
                 "names. Choose another architecture."
             )
+        sizes = (image_size or backbone.image_settings.size, *other_sizes)
         description = backbone.model.config.to_dict()
         description.pop("_name_or_path", None)  # a path on this machine
         config = SSLConfig(
             backbone=description,
             add_pooling_layer=getattr(backbone.model, "pooler", True) is not None,
             image_settings=asdict(backbone.image_settings),
-            num_features=backbone.measure_num_features(image_size or backbone.image_settings.size),
+            num_features=backbone.measure_num_features(*sizes),
             objective=objective,
             objective_args=dict(objective_args or {}),
         )
         return cls(config, backbone)
 
     def encode(self, views: Sequence[Float[Tensor, "B 3 _ _"]]) -> list[Float[Tensor, "B F"]]:
-        """Features of each view; one pass a view, so that batch statistics are those of a view."""
-        return [self.backbone(view) for view in views]
+        """Features of each view.
+
+        One pass a view, or one for neighboring views of one size where the objective says so: batch statistics are
+        those of a pass.
+        """
+        return self._encode(self.backbone, views)
 
     def forward(self, views: Sequence[Tensor], return_loss: bool = True) -> SSLOutput:
         """Score the views of a batch.
 
         Args:
-            views: V tensors (B, 3, H_v, W_v), normalized by `backbone.image_settings`.
+            views: V tensors (B, 3, H_v, W_v), normalized by `backbone.image_settings`; large views first.
             return_loss: Kept for the Trainer, which evaluates a loss without labels only when this parameter exists.
 
         Returns:
             Loss, embeddings (V, B, D) and terms.
         """
-        return SSLOutput(*self.objective(self.encode(views)))
+        teacher_features = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_features = self._encode(self.teacher, views[: self.objective.num_large_views])
+        return SSLOutput(*self.objective(self.encode(views), teacher_features))
+
+    def train(self, mode: bool = True) -> "SSLModel":
+        """Set the mode; a teacher follows with its batch statistics alone."""
+        super().train(mode)
+        if self.teacher is not None:
+            set_teacher_mode(self.teacher, mode)
+        return self
+
+    def set_progress(self, progress: Progress) -> None:
+        """Tell the objective how far the run has come."""
+        self.objective.set_progress(progress)
+
+    def fixed_learning_rates(self) -> dict[str, float]:
+        """Heads, by their name in the model, that are trained with a learning rate of their own."""
+        return {f"objective.{name}": rate for name, rate in self.objective.fixed_learning_rates().items()}
+
+    def before_optimizer_step(self) -> None:
+        """Let the objective change gradients."""
+        self.objective.before_optimizer_step()
+
+    def update_teacher(self, momentum: float | None = None) -> None:
+        """Move the teacher, backbone and heads, after an optimizer step; nothing without a teacher.
+
+        Args:
+            momentum: Share of the old teacher; the objective's schedule when not given, 0 copies the student.
+        """
+        if self.teacher is None:
+            return
+        share = self.objective.teacher_momentum() if momentum is None else momentum
+        for student, teacher in [(self.backbone, self.teacher), *self.objective.teacher_pairs()]:
+            update_teacher(student, teacher, share, self.objective.teacher_buffers)
+
+    def _encode(self, backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+        if not self.objective.joint_batch_statistics:
+            return [backbone(view) for view in views]
+        features: list[Tensor] = []
+        for group in _same_size(views):
+            features += backbone(torch.cat(group)).chunk(len(group))
+        return features
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its own constructor initialized it."""
@@ -135,6 +196,17 @@ class SSLModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """Let the backbone do it in its own way: timm's differs from transformers'."""
         self.backbone.model._set_gradient_checkpointing(*args, **kwargs)
+
+
+def _same_size(views: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Views in order, neighbors of one size together."""
+    groups: list[list[Tensor]] = []
+    for view in views:
+        if groups and groups[-1][0].shape == view.shape:
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return groups
 
 
 def _build_backbone(config: SSLConfig) -> Backbone:

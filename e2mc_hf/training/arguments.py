@@ -44,6 +44,7 @@ class E2MCTrainingArguments(RunArguments, RegularizerArguments, TrainingArgument
 
     def __post_init__(self) -> None:
         RunArguments.__post_init__(self)
+        RegularizerArguments.__post_init__(self)
         require(self.output_dir is not None, "output_dir", "must be given", self.output_dir, "Pass --output_dir.")
         defaults = self.__dataclass_fields__
         require(

@@ -1,7 +1,7 @@
 """The Trainer that adds a regularizer to a self-supervised objective."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -15,9 +15,13 @@ from e2mc_hf.data.dataset import ViewDataset
 from e2mc_hf.data.loader import ViewLoader
 from e2mc_hf.data.sampling import GlobalBatchSampler
 from e2mc_hf.distributed import all_gather
-from e2mc_hf.models.batch_norm import synchronize_batch_norm
+from e2mc_hf.errors import UsageError
+from e2mc_hf.models.norm_policy import apply_norm_policy
+from e2mc_hf.progress import Progress
 from e2mc_hf.regularizers.registry import build_regularizer
 from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.callbacks import ObjectiveCallback
+from e2mc_hf.training.momentum import restore_momentum
 from e2mc_hf.training.optimizers import build_optimizer
 from e2mc_hf.training.terms import TermAverages
 
@@ -30,12 +34,13 @@ class E2MCTrainer(Trainer):
     loss is the model's own, bit for bit: the control.
 
     Args:
-        model: Model to train; its batch normalization is made global when `args.sync_batchnorm` says so.
+        model: Model to train; its batch normalization follows `args.batch_norm`.
         args: Arguments of the run.
         train_dataset: `ViewDataset`, cut into global batches by the package; any other dataset is left to
             transformers and needs a `data_collator`.
         eval_dataset: Likewise, for the loss on held-out images.
         regularizer: Module from (V, N, D) to `RegularizerOutput`, in place of `args.regularizer`.
+        momentum: Momentum that SGD or LARS begins with, by the name of a parameter; none when not given.
         **kwargs: Further arguments of `transformers.Trainer`.
 
     Raises:
@@ -57,6 +62,7 @@ class E2MCTrainer(Trainer):
         eval_dataset: Dataset[Any] | None = None,
         *,
         regularizer: nn.Module | None = None,
+        momentum: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         global_batch = args.per_device_train_batch_size * args.world_size
@@ -79,11 +85,14 @@ class E2MCTrainer(Trainer):
         if regularizer is None:
             regularizer = build_regularizer(args.regularizer, args.regularizer_options())
         self.regularizer = regularizer
-        _check_window(regularizer, global_batch)
+        _check_batch(regularizer, global_batch, "regularizer_args")
+        _check_batch(getattr(model, "objective", None), global_batch, "objective_args")
         self._terms = {"train": TermAverages(), "eval": TermAverages()}
-        if args.sync_batchnorm:
-            model = synchronize_batch_norm(model, args.device)
+        self._steps_per_epoch = 1
+        self._momentum = momentum
+        model = apply_norm_policy(model, _backbones(model), args.batch_norm, args.device)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.add_callback(ObjectiveCallback())
         # Otherwise transformers evaluates a loss only where there are labels, or where `forward` has `return_loss`.
         self.can_return_loss, self.label_names = True, []
 
@@ -95,6 +104,7 @@ class E2MCTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of the objective plus the regularizer on the embeddings of all processes."""
+        progress = self._announce_progress(model)
         outputs = model(**inputs)
         loss, terms = outputs["loss"], dict(outputs.get("terms") or {})
         if self.regularizer is not None:
@@ -102,12 +112,23 @@ class E2MCTrainer(Trainer):
             repeated = terms.keys() & regularization.terms.keys()
             assert not repeated, f"objective and regularizer both log {repeated}"
             terms |= {"objective_loss": loss, **regularization.terms}
-            loss = loss + regularization.loss
+            share = progress.linear(0.0, 1.0, self.args.regularizer_warmup_epochs) if model.training else 1.0
+            loss = loss + (regularization.loss if share == 1 else share * regularization.loss)
         self._terms["train" if model.training else "eval"].add(terms)
         if not math.isfinite(loss.item()):
             values = {name: term.item() for name, term in terms.items()}
             raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}; terms: {values}")
         return (loss, outputs) if return_outputs else loss
+
+    def _announce_progress(self, model: nn.Module) -> Progress:
+        """Tell model and regularizer, when training, how far the run has come."""
+        progress = Progress(self.state.global_step, max(1, self.state.max_steps), self._steps_per_epoch)
+        if model.training:
+            for follower in (self.accelerator.unwrap_model(model), self.regularizer):
+                announce = getattr(follower, "set_progress", None)
+                if announce is not None:
+                    announce(progress)
+        return progress
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means of the terms since the last training log."""
@@ -133,13 +154,19 @@ class E2MCTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of `args.optimizer`."""
         if self.optimizer is None:
+            own = self.model if model is None else model
+            fixed = getattr(own, "fixed_learning_rates", dict[str, float])
             self.optimizer = build_optimizer(
-                self.model if model is None else model,
+                own,
                 self.args.optimizer,
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 momentum=self.args.momentum,
+                layer_decay=self.args.layer_decay,
+                fixed_learning_rates=fixed(),
             )
+            if self._momentum is not None:
+                restore_momentum(self.optimizer, own, self._momentum)
         return self.optimizer
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -148,9 +175,15 @@ class E2MCTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Global batches of views, cut by rank here and not by accelerate."""
-        if isinstance(self.train_dataset, ViewDataset):
-            return self._view_loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
-        return super().get_train_dataloader()
+        loader = (
+            self._view_loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+            if isinstance(self.train_dataset, ViewDataset)
+            else super().get_train_dataloader()
+        )
+        self._steps_per_epoch = (
+            max(1, len(loader)) if isinstance(loader.dataset, Sized) else max(1, self.args.max_steps)
+        )
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Dataset[Any] | str | None = None) -> DataLoader[Any]:
         """Global batches of views in the order of the dataset."""
@@ -175,13 +208,19 @@ class E2MCTrainer(Trainer):
         return torch.as_tensor(self.accelerator.reduce(values, reduction="mean"))
 
 
-def _check_window(regularizer: nn.Module | None, global_batch: int) -> None:
-    """Refuse a window that leaves no spacing before a folder is made."""
-    window = getattr(regularizer, "window", None)
-    require(
-        window is None or 1 <= window < global_batch,
-        "regularizer_args",
-        f"must have a window between 1 and {global_batch - 1} for a batch of {global_batch} over all processes",
-        {"window": window},
-        "Leave the window out for round(sqrt(N)).",
-    )
+def _backbones(model: nn.Module) -> nn.Module:
+    """Backbone and teacher of a model, or a model that does not tell them apart from its heads."""
+    parts = [getattr(model, name, None) for name in ("backbone", "teacher")]
+    found = [part for part in parts if isinstance(part, nn.Module)]
+    return nn.ModuleList(found) if found else model
+
+
+def _check_batch(part: nn.Module | None, global_batch: int, option: str) -> None:
+    """Refuse a batch that the regularizer or the objective cannot work with before a folder is made."""
+    check = getattr(part, "check_batch", None)
+    if check is None:
+        return
+    try:
+        check(global_batch)
+    except ValueError as error:
+        raise UsageError(f"`{option}` does not fit a batch of {global_batch} over all processes: {error}") from error

@@ -4,6 +4,7 @@ python batch_norm_worker.py RANK WORLD_SIZE FOLDER writes what this process comp
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2mc_hf.models.batch_norm import GlobalBatchNorm, synchronize_batch_norm
+from e2mc_hf.models.norm_policy import POLICIES, apply_norm_policy, recalibrate
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "vectors": (lambda: nn.BatchNorm1d(5), (8, 5)),
@@ -77,6 +79,44 @@ def convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
 
 
+class Trained(nn.Module):
+    """A backbone with batch normalization, and a head with one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.backbone(x))
+        return output
+
+
+def under_policy(policy: str, share: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Kinds of the layers, outputs and buffers after a batch in training mode, and what recalibration makes of them."""
+    model = Trained().double()
+    model = apply_norm_policy(model, model.backbone, policy, torch.device("cpu"))
+    model = apply_norm_policy(model, model.backbone, policy, torch.device("cpu"))
+    kinds = [type(model.backbone[1]).__name__, type(model.head[1]).__name__]
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    with torch.no_grad():
+        output = model.train()(share(images[0]))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    count = recalibrate(model.backbone, [share(image) for image in images])
+    estimated = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {"kinds": kinds, "output": output, "buffers": buffers, "count": count, "estimated": estimated}
+
+
+def converted_twice() -> list[str]:
+    """Kinds of the layers after two conversions for CUDA, which needs no CUDA."""
+    model = Trained()
+    for _ in range(2):
+        synchronize_batch_norm(model, torch.device("cuda"))
+    return [type(model.backbone[1]).__name__, type(model.backbone[1].act).__name__, type(model.head[1]).__name__]
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -94,6 +134,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)).chunk(world_size)[rank]
         model = synchronize_batch_norm(convolution(), torch.device("cpu"))
         results["autocast"] = under_autocast(model, images)
+        results |= {policy: under_policy(policy, lambda x: x.chunk(world_size)[rank]) for policy in POLICIES}
+        results["converted twice"] = converted_twice()
         torch.save(results, folder / f"{rank}.pt")
         dist.barrier()
     finally:

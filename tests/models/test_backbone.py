@@ -139,7 +139,7 @@ def test_a_size_that_does_not_fit_is_refused_with_advice_that_helps():
     with pytest.raises(UsageError) as refusal:
         backbone.measure_num_features(48)
     assert "`image_size` must fit the encoder" in str(refusal.value)
-    assert "got 48: " in str(refusal.value)
+    assert "got 48 for 'vit_tiny_patch16_224': Input height (48) doesn't match model (32)." in str(refusal.value)
     assert "Its own size is 32" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     advice = "dynamic_img_size"

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch_norm_worker
-from models.batch_norm_worker import LAYERS, TOLERANCES, batch, convolution, layer, two_steps, under_autocast
+from models.batch_norm_worker import (
+    LAYERS,
+    TOLERANCES,
+    batch,
+    convolution,
+    layer,
+    two_steps,
+    under_autocast,
+    under_policy,
+)
 from models.tiny import same_state, timm_model
 
 from e2mc_hf.models.batch_norm import GlobalBatchNorm, synchronize_batch_norm
@@ -65,6 +74,45 @@ def test_under_bfloat16_autocast_statistics_are_those_of_the_whole_batch_in_floa
     assert (torch.cat([first["output"], second["output"]]) - expected["output"]).abs().max() <= 2**-6
     gradient = first["gradient"] + second["gradient"]
     assert (gradient - expected["gradient"]).norm() <= 0.02 * expected["gradient"].norm()
+
+
+KINDS = {
+    "train": ["BatchNormAct2d", "BatchNorm1d"],
+    "synchronized": ["GlobalBatchNorm", "GlobalBatchNorm"],
+    "recalibrated": ["GlobalBatchNorm", "GlobalBatchNorm"],
+    "frozen": ["FrozenBatchNorm", "GlobalBatchNorm"],
+}
+
+
+@pytest.mark.parametrize("policy", KINDS)
+def test_on_two_processes_each_policy_has_its_layers(halves, policy):
+    assert [half[policy]["kinds"] for half in halves] == [KINDS[policy]] * 2
+
+
+@pytest.mark.parametrize("policy", ["synchronized", "recalibrated", "frozen"])
+def test_on_two_processes_policies_normalize_and_estimate_as_on_one(halves, policy):
+    first, second = (half[policy] for half in halves)
+    whole = under_policy(policy, lambda images: images)
+    assert torch.allclose(torch.cat([first["output"], second["output"]]), whole["output"], rtol=1e-12, atol=1e-12)
+    assert first["count"] == second["count"] == whole["count"] == (0 if policy == "frozen" else 3)
+    for stage in ("buffers", "estimated"):
+        for name, expected in whole[stage].items():
+            assert torch.equal(first[stage][name], second[stage][name]), name
+            assert torch.allclose(first[stage][name], expected, rtol=1e-12, atol=1e-12), name
+
+
+def test_on_two_processes_the_policy_train_normalizes_shares_apart(halves):
+    first, second = (half["train"] for half in halves)
+    whole = under_policy("train", lambda images: images)
+    assert (torch.cat([first["output"], second["output"]]) - whole["output"]).abs().max() > 1e-3
+    name = "backbone.1.running_mean"
+    assert not torch.equal(first["buffers"][name], second["buffers"][name])
+    assert torch.allclose((first["buffers"][name] + second["buffers"][name]) / 2, whole["buffers"][name])
+
+
+def test_a_second_conversion_for_cuda_keeps_the_activations(halves):
+    for half in halves:
+        assert half["converted twice"] == ["SyncBatchNormAct", "ReLU", "SyncBatchNorm"]
 
 
 def test_one_process_keeps_its_model_as_it_is():

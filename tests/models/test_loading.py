@@ -292,6 +292,144 @@ def test_less_than_1_percent_missing_loads_with_a_warning_that_names_it(folder, 
     assert record.getMessage().count(",") == 0
 
 
+@pytest.mark.parametrize("kind", ["vit", "siglip_vision_model", "timm"])
+def test_a_checkpoint_with_more_blocks_than_the_model_is_refused(tmp_path, kind):
+    if kind == "timm":
+        timm_folder(tmp_path, VIT_NAME)
+        fewer = {"model_args": TIMM[VIT_NAME] | {"depth": 1}}
+    else:
+        transformers_model(kind).save_pretrained(tmp_path)
+        fewer = {"num_hidden_layers": 1}
+    change_config(tmp_path, **fewer)
+    message = refusal(tmp_path)
+    assert "must be built with every block of its checkpoint, got " in message
+    assert "such as " in message
+
+
+@pytest.mark.parametrize("kind", ["int", "half"])
+def test_weights_of_another_kind_of_number_become_float32(tmp_path, kind):
+    model = transformers_model("vit")
+    model.save_pretrained(tmp_path)
+    spoil(tmp_path, lambda weights: {name: tensor.to(getattr(torch, kind)) for name, tensor in weights.items()})
+    loaded = load_backbone(str(tmp_path)).model
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.to(getattr(torch, kind)).float())
+
+
+# Configurations and files that are broken or hostile
+
+
+def change_config(folder: Path, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+BROKEN = {
+    "[]": "Unrecognized model",
+    "3": "not iterable",
+    '{"model_type": "vit", "hidden_size": "wide"}': "Field 'hidden_size' expected int, got str",
+    '{"model_type": "vit", "image_size": null}': "Field 'image_size'",
+    '{"model_type": "no_such_type"}': "no_such_type",
+    '{"architecture": "resnet18", "num_classes": 0, "pretrained_cfg": "none"}': "dictionary",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_configuration_that_is_none_is_refused_with_the_reason(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    assert not is_ssl_folder(str(tmp_path))
+    message = refusal(tmp_path)
+    assert message.startswith("`model` must be a Hub id, a timm name or a folder with config.json")
+    assert BROKEN[content] in message
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ({"patch_size": 0}, "division"),
+        ({"hidden_act": "no_such"}, "no_such"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "optimum"),
+        ({"model_type": "dinat"}, "natten"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_with_the_reason(tmp_path, entries, reason):
+    transformers_model("vit").save_pretrained(tmp_path)
+    change_config(tmp_path, **entries)
+    message = refusal(tmp_path)
+    assert "must hold weights that fit its configuration" in message
+    assert reason in message
+
+
+def test_an_architecture_that_timm_does_not_know_is_refused(tmp_path):
+    timm_folder(tmp_path, "resnet18")
+    change_config(tmp_path, architecture="no_such_net")
+    assert "'no_such_net' is not supported in your version of timm" in refusal(tmp_path)
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_no_pickled_code_is_run(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights | {"hostile": Hostile(tmp_path / "done")}, folder / "pytorch_model.bin")
+    assert "must hold weights that fit its configuration" in refusal(folder)
+    assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir"])
+def test_no_file_is_loaded_past_the_checkpoint(tmp_path, argument):
+    timm_folder(tmp_path / "encoder", "resnet18")
+    torch.save({"hostile": Hostile(tmp_path / "done")}, tmp_path / "hostile.pth")
+    value = str(tmp_path / "hostile.pth")
+    message = refusal("resnet18", from_scratch=True, backbone_args={argument: value})
+    assert f"must describe the architecture, got {argument}. Drop them" in message
+    change_config(tmp_path / "encoder", model_args=TIMM["resnet18"] | {argument: value})
+    assert f"must describe the architecture, got {argument}. Drop them" in refusal(tmp_path / "encoder")
+    assert not (tmp_path / "done").exists()
+
+
+def test_no_code_of_a_folder_is_run(tmp_path):
+    (tmp_path / "hostile.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'done')!r}).touch()")
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "hostile.C", "AutoModel": "hostile.M"}}')
+    assert "contains custom code" in refusal(tmp_path)
+    model = transformers_model("vit")
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, auto_map={"AutoConfig": "hostile.C", "AutoModel": "hostile.M"})
+    assert same_state(load_backbone(str(tmp_path)).model, model)
+    assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no json",
+        "[]",
+        '{"image_processor_type": "NoSuchProcessor"}',
+        '{"image_processor_type": "ViTImageProcessor", "image_std": [0.5, 0.5, 0.0]}',
+    ],
+)
+def test_a_broken_image_processor_is_refused(tmp_path, content):
+    transformers_model("vit").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    assert "must say how its images are prepared" in refusal(tmp_path)
+
+
+def test_a_file_is_refused_with_the_way_to_import_it(tmp_path):
+    path = tmp_path / "swav.pth"
+    path.write_bytes(b"")
+    message = refusal(path)
+    assert f"got the file {str(path)!r}" in message
+    assert "scripts/import_checkpoint.py" in message
+
+
 # From scratch
 
 
@@ -306,6 +444,23 @@ def test_from_scratch_a_vision_transformer_is_built_for_the_size_of_the_views(dy
 
 def test_from_scratch_img_size_is_the_image_size():
     assert load_backbone(VIT_NAME, **FROM_SCRATCH).image_settings.size == TIMM[VIT_NAME]["img_size"] == 32
+
+
+def test_the_size_that_a_loaded_architecture_is_built_for_is_its_own(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    timm_folder(tmp_path / "first", name)
+    backbone = load_backbone(str(tmp_path / "first"), backbone_args={"img_size": 64})
+    assert backbone.image_settings.size == 64
+    assert backbone.measure_num_features(64) == 16
+    export_encoder(backbone, tmp_path / "second")
+    assert load_backbone(str(tmp_path / "second")).image_settings.size == 64
+
+
+@pytest.mark.parametrize("img_size", [32, [32, 32]])
+def test_a_size_may_be_given_as_height_and_width(img_size):
+    backbone = load_backbone(VIT_NAME, from_scratch=True, backbone_args=TIMM[VIT_NAME] | {"img_size": img_size})
+    assert backbone.measure_num_features(backbone.image_settings.size) == 32
+    assert backbone.image_settings.size == 32
 
 
 def test_from_scratch_a_convolutional_network_takes_the_size_of_the_views():

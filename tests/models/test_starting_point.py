@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.loading import load_backbone
-from e2mc_hf.models.starting_point import load_starting_point
+from e2mc_hf.models.starting_point import has_heads, load_starting_point, objective_of
 
 HEADS = {"projector_dim": 16, "projector_layers": 2}
 
@@ -63,19 +63,64 @@ def test_unused_parameters_are_frozen_either_way_and_the_log_names_them(encoder,
         assert "Frozen, since the features do not depend on them: model.embeddings.mask_token." in caplog.text
 
 
-@pytest.mark.parametrize("other", [{"projector_dim": 32}, {"covariance_weight": 7.0}])
-def test_heads_of_another_objective_are_refused(run, other):
+def test_options_that_would_need_other_heads_are_refused(run):
     with pytest.raises(UsageError) as refusal:
-        load_starting_point(str(run[1]), objective_args=HEADS | other)
+        load_starting_point(str(run[1]), objective_args=HEADS | {"projector_dim": 32})
     message = str(refusal.value)
-    assert f"`objective` must be that of the heads in {str(run[1])!r}, vicreg with {HEADS}" in message
-    assert f"got vicreg with {HEADS | other}" in message
+    assert f"`objective_args` must leave the heads in {str(run[1])!r} as they are (vicreg with {HEADS})" in message
+    assert f"got {HEADS | {'projector_dim': 32}}: projector.0.bias, projector.0.weight" in message
     assert "Pass the encoder folder inside it to start with new heads." in message
 
 
+def test_other_options_change_the_loss_and_keep_the_heads(run):
+    model, folder = run
+    again = load_starting_point(str(folder), objective_args={"covariance_weight": 7.0})
+    assert same_state(again, model)
+    assert again.objective.covariance_weight == 7
+    assert again.config.objective_args == HEADS | {"covariance_weight": 7.0}
+    views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    with torch.no_grad():
+        one, other = model.eval()(views), again.eval()(views)
+    expected = one.loss + 6 * one.terms["covariance"]
+    assert other.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_queue_of_another_length_begins_empty_and_the_log_says_so(encoder, tmp_path, caplog):
+    options = {"projector_dim": 8, "hidden_dim": 8, "num_prototypes": 6}
+    model = load_starting_point(str(encoder), objective="swav", objective_args=options | {"queue_length": 8})
+    model.train()(views := [torch.randn(8, 3, 32, 32) for _ in range(2)])
+    model.save_pretrained(tmp_path / "run")
+    assert model.objective.queue.abs().sum() > 0
+    kept = load_starting_point(str(tmp_path / "run"))
+    assert torch.equal(kept.objective.queue, model.objective.queue)
+    caplog.clear()
+    changed = load_starting_point(str(tmp_path / "run"), objective_args={"queue_length": 16})
+    assert "Begins empty, since its size is new: queue" in caplog.text
+    assert changed.objective.queue.shape == (2, 16, 8)
+    assert changed.objective.queue.abs().sum() == changed.objective.queue_count == 0
+    assert torch.equal(changed.objective.prototypes.weight, model.objective.prototypes.weight)
+    assert changed.train()(views).loss.isfinite()
+
+
 def test_another_objective_is_refused(run):
-    with pytest.raises(UsageError, match=r"got swav with \{\}"):
+    with pytest.raises(UsageError, match=r"`objective` must be that of the heads in .*, vicreg, got swav"):
         load_starting_point(str(run[1]), objective="swav")
+
+
+def test_the_objective_of_a_run_is_the_one_asked_for_or_that_of_its_heads(encoder, tmp_path):
+    load_starting_point(str(encoder), objective="simsiam", objective_args={"projector_dim": 8}).save_pretrained(
+        tmp_path / "run"
+    )
+    assert objective_of(str(tmp_path / "run"), None) == "simsiam"
+    assert objective_of(str(tmp_path / "run"), "byol") == "byol"
+    assert objective_of(str(encoder), None) == objective_of(str(tmp_path / "run"), None, from_scratch=True) == "vicreg"
+
+
+def test_only_whole_runs_bring_heads(run, encoder):
+    assert has_heads(str(run[1]))
+    assert not has_heads(str(run[1]), from_scratch=True)
+    assert not has_heads(str(encoder))
+    assert not has_heads("resnet18")
 
 
 def test_the_same_seed_gives_the_same_heads_and_another_seed_others(encoder):
@@ -121,8 +166,10 @@ def test_a_size_that_does_not_fit_is_refused_for_encoders_and_runs(tmp_path):
     timm_folder(tmp_path / "encoder", "vit_tiny_patch16_224")
     load_starting_point(str(tmp_path / "encoder"), objective_args=HEADS).save_pretrained(tmp_path / "run")
     for folder in ("encoder", "run"):
-        with pytest.raises(UsageError, match=r"`image_size` must fit the encoder .*, got 40: "):
-            load_starting_point(str(tmp_path / folder), objective_args=HEADS, image_size=40)
+        with pytest.raises(
+            UsageError, match=r"`image_size` must be a multiple of the patch size 8, got 44 .* The nearest: 40 and 48"
+        ):
+            load_starting_point(str(tmp_path / folder), objective_args=HEADS, image_size=44)
 
 
 def test_from_scratch_the_encoder_is_random_and_fits_the_views():

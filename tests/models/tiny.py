@@ -31,8 +31,11 @@ TRANSFORMERS = {
     "clip_vision_model": VIT,
     "beit": VIT | {"use_relative_position_bias": True},
     "data2vec-vision": VIT,
+    "dinov3_vit": VIT | {"num_register_tokens": 2},
     "resnet": RESNET,
     "convnext": CONVNEXT,
+    "convnextv2": CONVNEXT,
+    "dinov3_convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32},
     "swin": SWIN,
     "swinv2": SWIN,
 }

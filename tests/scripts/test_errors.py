@@ -144,10 +144,9 @@ def checkpoint(tmp_path):
 
 
 def test_a_size_that_the_encoder_cannot_take_is_refused(refusal, checkpoint):
-    line = refusal(model=str(checkpoint("vit_tiny_patch16_224")), from_scratch="false", image_size="96")
-    assert line.startswith("`image_size` must fit the encoder")
-    assert "got 96" in line
-    assert "dynamic_img_size=true" in line
+    line = refusal(model=str(checkpoint("vit_tiny_patch16_224")), from_scratch="false", image_size="100")
+    assert line.startswith("`image_size` must be a multiple of the patch size 16, got 100")
+    assert line.endswith("The nearest: 96 and 112.")
 
 
 @pytest.mark.parametrize(("other", "name"), [("test_vit", "test_resnet"), ("resnet10t", "resnet14t")])
@@ -161,7 +160,7 @@ def test_weights_of_another_architecture_are_refused(refusal, checkpoint, other,
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "`recipe` must be a YAML file, got 'recipe.yaml': "),
+        (None, "`recipe` must be a YAML file or the name of a shipped recipe, got 'recipe.yaml'. There are: "),
         ("- model\n", "`recipe` must map options to values, got a list"),
         ("model: [", "`recipe` must be a YAML file, got 'recipe.yaml': while parsing"),
         ("num_view: 2\n", "`num_view` is not an option. Did you mean 'num_views'?"),

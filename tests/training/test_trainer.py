@@ -152,7 +152,8 @@ def test_any_model_is_evaluated_with_loss_and_terms(tmp_path: Path) -> None:
 
 
 def test_a_window_as_wide_as_the_batch_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"window between 1 and {BATCH - 1} for a batch of {BATCH}"):
+    rule = f"does not fit a batch of {BATCH} over all processes: `window` must lie between 1 and N - 1 = {BATCH - 1}"
+    with pytest.raises(UsageError, match=rule):
         trainer(tmp_path / "run", regularizer_args={"window": BATCH})
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,36 @@
+"""What is left to do to a trained model before it is saved."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from torch import Tensor
+
+from e2mc_hf.models.lora import merge_lora
+from e2mc_hf.models.norm_policy import recalibrate
+from e2mc_hf.models.ssl_model import SSLModel
+from e2mc_hf.training.trainer import E2MCTrainer
+
+# Batches that statistics are estimated from: enough for a mean over samples whose error is far below their spread.
+_MOST_BATCHES = 200
+
+
+def finished_model(trainer: E2MCTrainer) -> SSLModel:
+    """Trained model in the form that is saved: adapters merged, and statistics recalibrated where asked for.
+
+    Every process calls it.
+
+    Args:
+        trainer: Trainer of an `SSLModel` that has run.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert isinstance(model, SSLModel)
+    merge_lora(model)
+    if trainer.args.batch_norm == "recalibrated":
+        recalibrate(model.backbone, _large_views(trainer, model.objective.num_large_views))
+    return model
+
+
+def _large_views(trainer: E2MCTrainer, count: int) -> Iterator[Tensor]:
+    """Large views of the first batches, each on its own: statistics are those of one view, as in training."""
+    for batch in islice(trainer.get_train_dataloader(), _MOST_BATCHES):
+        yield from batch["views"][:count]

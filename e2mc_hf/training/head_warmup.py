@@ -1,0 +1,145 @@
+"""Fit new heads to an encoder before the encoder is trained.
+
+New heads send large random gradients into a good encoder: it forgets before they have learned to read it. Here the
+encoder stands still, its batch statistics included, while the heads learn the same objective on the same images.
+"""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from e2mc_hf.data.dataset import ViewDataset
+from e2mc_hf.models.ssl_model import SSLModel
+from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.trainer import E2MCTrainer
+
+logger = logging.getLogger(__name__)
+
+# `auto` compares mean losses of windows of about an epoch. The loss has leveled off when none of the last three windows
+# was lower than the best before by this share of the whole fall.
+_LEVEL = 0.02
+_PATIENCE = 3
+_WINDOW_STEPS = (10, 100)
+_MOST_EPOCHS = 10
+_MOST_STEPS_OF_SMALL_SETS = 500
+
+
+def warm_up_heads(model: SSLModel, arguments: E2MCTrainingArguments, dataset: ViewDataset, *, new_heads: bool) -> int:
+    """Train the heads of a model on a frozen encoder, with the objective alone, and leave everything else as it was.
+
+    The regularizer takes no part, so that a run and its control start from the same heads. A teacher's heads end as a
+    copy of the student's.
+
+    Args:
+        model: Model to continue.
+        arguments: Arguments of the run to come. `head_warmup` says how long: a number of steps, none, or auto, which
+            trains new heads until the loss levels off, at most ten epochs (or 500 steps), and skips others.
+        dataset: Images and views of the run.
+        new_heads: Whether the heads are random and the encoder is not.
+
+    Returns:
+        Steps taken.
+    """
+    is_auto = arguments.head_warmup == "auto"
+    if arguments.head_warmup in ("none", "0") or (is_auto and not new_heads):
+        return 0
+    per_epoch = max(1, len(dataset) // (arguments.per_device_train_batch_size * arguments.world_size))
+    window = min(max(per_epoch, _WINDOW_STEPS[0]), _WINDOW_STEPS[1])
+    most = max(_MOST_EPOCHS * per_epoch, _MOST_STEPS_OF_SMALL_SETS) if is_auto else int(arguments.head_warmup)
+    callbacks: list[TrainerCallback] = [StopWhenLevel(window)] if is_auto else []
+    backbones = [model.backbone] if model.teacher is None else [model.backbone, model.teacher]
+    with tempfile.TemporaryDirectory() as folder, _frozen(*backbones):
+        trainer = E2MCTrainer(model, _arguments_of_warm_up(arguments, folder, most), dataset, callbacks=callbacks)
+        trainer.train()
+    model.update_teacher(0.0)
+    taken: int = trainer.state.global_step
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.is_world_process_zero():
+        change = f"loss {losses[0]:.4g} to {losses[-1]:.4g}"
+        logger.warning("New heads were fitted for %d steps on the frozen encoder: %s.", taken, change)
+    return taken
+
+
+class StopWhenLevel(TrainerCallback):
+    """End a training once the loss has leveled off.
+
+    Losses are those that transformers logs: the mean over all processes.
+
+    Args:
+        window: Steps of a window.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.losses: list[float] = []
+
+    def on_log(  # type: ignore[override]
+        self,
+        args: E2MCTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: object,
+    ) -> None:
+        """Count the loss of a step."""
+        if "loss" not in logs:
+            return
+        self.losses.append(logs["loss"])
+        if is_level(self.losses, self.window):
+            control.should_training_stop = True
+
+
+def is_level(losses: list[float], window: int) -> bool:
+    """Whether the last three whole windows brought no clearly lower mean loss than those before."""
+    if len(losses) % window or len(losses) <= _PATIENCE * window:
+        return False
+    means = [sum(losses[start : start + window]) / window for start in range(0, len(losses), window)]
+    best_before, best = min(means[:-_PATIENCE]), min(means)
+    return best_before - best <= _LEVEL * (means[0] - best)
+
+
+@contextmanager
+def _frozen(*backbones: nn.Module) -> Iterator[None]:
+    """Keep weights and batch statistics of backbones as they are."""
+    trained = [parameter for one in backbones for parameter in one.parameters() if parameter.requires_grad]
+    norms = [module for one in backbones for module in one.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(_to_evaluation) for norm in norms]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _to_evaluation(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Forward pre-hook: the Trainer puts the whole model in training mode at every step."""
+    module.training = False
+
+
+def _arguments_of_warm_up(arguments: E2MCTrainingArguments, folder: str, steps: int) -> E2MCTrainingArguments:
+    warm_up = copy.deepcopy(arguments)
+    warm_up.output_dir = folder
+    warm_up.max_steps = steps
+    warm_up.regularizer, warm_up.regularizer_args = "none", {}
+    warm_up.optimizer, warm_up.learning_rate = "adamw", arguments.head_warmup_learning_rate
+    warm_up.layer_decay = 1.0
+    warm_up.lr_scheduler_type = type(arguments.lr_scheduler_type)("constant")
+    warm_up.warmup_steps = 0
+    warm_up.logging_steps = 1
+    warm_up.save_strategy = type(arguments.save_strategy)("no")
+    warm_up.eval_strategy = type(arguments.eval_strategy)("no")
+    warm_up.report_to = []
+    warm_up.push_to_hub = False
+    warm_up.resume_from_checkpoint = None
+    return warm_up

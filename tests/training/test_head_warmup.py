@@ -1,0 +1,128 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from e2mc_hf.arguments import DataArguments, ViewArguments
+from e2mc_hf.data.dataset import ViewDataset
+from e2mc_hf.data.sources import load_images
+from e2mc_hf.data.views import ViewTransform
+from e2mc_hf.models.loading import load_backbone
+from e2mc_hf.models.ssl_model import SSLModel
+from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.head_warmup import is_level, warm_up_heads
+from e2mc_hf.training.trainer import E2MCTrainer
+
+SMALL = {"vicreg": {"projector_dim": 32}, "byol": {"projector_dim": 16, "hidden_dim": 16}}
+
+
+def new_model(objective: str = "vicreg") -> SSLModel:
+    torch.manual_seed(0)
+    backbone = load_backbone("test_resnet", from_scratch=True, image_size=32)
+    return SSLModel.from_backbone(backbone, objective, SMALL[objective], image_size=32)
+
+
+def views_of_digits(model: SSLModel, num_images: int = 64) -> ViewDataset:
+    views = ViewArguments(image_size=32, flip_prob=0.0, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=[0.0])
+    source = load_images(DataArguments(max_samples=num_images), "train")
+    return ViewDataset(source, ViewTransform(views, model.backbone.image_settings), seed=0)
+
+
+def arguments(tmp_path: Path, **options: Any) -> E2MCTrainingArguments:
+    return E2MCTrainingArguments(
+        output_dir=str(tmp_path / "run"), use_cpu=True, per_device_train_batch_size=16, disable_tqdm=True, **options
+    )
+
+
+def state(model: SSLModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("objective", ["vicreg", "byol"])
+@pytest.mark.parametrize("batch_norm", ["synchronized", "frozen"])
+def test_only_heads_change_and_the_encoder_keeps_weights_and_statistics(
+    tmp_path: Path, objective: str, batch_norm: str
+) -> None:
+    model = new_model(objective).train()
+    before, trainable = state(model), {n for n, p in model.named_parameters() if p.requires_grad}
+    taken = warm_up_heads(
+        model, arguments(tmp_path, head_warmup="3", batch_norm=batch_norm), views_of_digits(model), new_heads=True
+    )
+    assert taken == 3
+    after = state(model)
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    heads = {name for name, _ in model.named_parameters() if name.startswith("objective.")}
+    assert heads <= changed
+    assert not any(name.startswith(("backbone.", "teacher.")) for name in changed)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_teachers_head_ends_as_a_copy_of_the_students(tmp_path: Path) -> None:
+    model = new_model("byol")
+    warm_up_heads(model, arguments(tmp_path, head_warmup="2"), views_of_digits(model), new_heads=True)
+    for own, teachers in model.objective.teacher_pairs():
+        for parameter, copied in zip(own.parameters(), teachers.parameters(), strict=True):
+            assert torch.equal(parameter, copied)
+    for parameter, copied in zip(model.backbone.parameters(), model.teacher.parameters(), strict=True):
+        assert torch.equal(parameter, copied)
+
+
+def test_the_encoder_trains_again_afterwards_and_follows_its_batches(tmp_path: Path) -> None:
+    model = new_model()
+    dataset = views_of_digits(model)
+    run = arguments(tmp_path, max_steps=1, optimizer="sgd", regularizer="none", head_warmup="1")
+    warm_up_heads(model, run, dataset, new_heads=True)
+    before = state(model)
+    E2MCTrainer(model, run, dataset).train()
+    after = state(model)
+    stem = "backbone.model.timm_model.conv1.0.weight", "backbone.model.timm_model.conv1.1.running_mean"
+    assert not any(torch.equal(after[name], before[name]) for name in stem)
+
+
+@pytest.mark.parametrize(
+    ("option", "new_heads", "trains"),
+    [("auto", True, True), ("auto", False, False), ("none", True, False), ("0", True, False), ("2", False, True)],
+)
+def test_auto_fits_new_heads_only_and_a_number_always(
+    tmp_path: Path, option: str, new_heads: bool, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("e2mc_hf.training.head_warmup._MOST_EPOCHS", 1)
+    monkeypatch.setattr("e2mc_hf.training.head_warmup._MOST_STEPS_OF_SMALL_SETS", 4)
+    model = new_model()
+    before = state(model)
+    taken = warm_up_heads(model, arguments(tmp_path, head_warmup=option), views_of_digits(model), new_heads=new_heads)
+    assert (taken > 0) == trains
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items()) != trains
+
+
+def test_a_run_and_its_control_start_from_the_same_heads(tmp_path: Path) -> None:
+    control, regularized = new_model(), new_model()
+    dataset = views_of_digits(control)
+    warm_up_heads(control, arguments(tmp_path, head_warmup="3", regularizer="none"), dataset, new_heads=True)
+    options = {"regularizer_args": {"entropy_weight": 5.0}, "learning_rate": 0.5, "optimizer": "sgd"}
+    warm_up_heads(regularized, arguments(tmp_path, head_warmup="3", **options), dataset, new_heads=True)
+    expected = state(control)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state(regularized).items())
+
+
+def test_the_log_says_how_long_it_took_and_how_far_the_loss_fell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = new_model()
+    with caplog.at_level(logging.WARNING, "e2mc_hf"):
+        warm_up_heads(model, arguments(tmp_path, head_warmup="2"), views_of_digits(model), new_heads=True)
+    assert "New heads were fitted for 2 steps on the frozen encoder: loss" in caplog.text
+
+
+def test_a_falling_loss_is_not_level_and_a_flat_one_is() -> None:
+    falling = [10.0 - 0.1 * step for step in range(60)]
+    flat = [10.0, 9.0, 8.0] + [7.0] * 9
+    assert not any(is_level(falling[:count], 3) for count in range(61))
+    level_at = [count for count in range(1, 13) if is_level(flat[:count], 1)]
+    assert level_at[0] == 7  # three windows without a new minimum after the fourth
+    assert is_level([5.0] * 4, 1)
+    assert not is_level([5.0] * 3, 1)
