@@ -96,7 +96,7 @@ def test_the_first_lines_say_the_aim_the_start_and_what_was_never_run(name):
         assert "Never run here: no figure of this recipe was measured with this package." in comment
     assert f"scripts/continue_pretrain.py {name} " in comment
     imported = options_of(name)["model"]
-    assert not imported.startswith("imported/") or f"--output {imported}" in comment
+    assert not imported.startswith("imported/") or f"--output_dir {imported}" in comment
     assert max(map(len, RECIPES[name].read_text().splitlines())) <= 120
 
 

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -25,16 +26,19 @@ def is_timm(backbone: Backbone) -> bool:
     return bool(backbone.model.config.model_type == "timm_wrapper")
 
 
-def build_backbone(layout: Layout, architecture: str | None, arguments: dict[str, Any]) -> Backbone:
+def build_backbone(layout: Layout, architecture: str | None, arguments: dict[str, Any], source: str) -> Backbone:
     """Make the architecture with random weights and the image statistics of the method's authors.
+
+    One that is recognized is made only when the file holds it: names alone, of a large model, cost nothing.
 
     Args:
         layout: Checkpoint whose shapes tell the architecture.
         architecture: timm name or folder, in place of that.
         arguments: Arguments of the timm architecture.
+        source: Name of the file, for the message.
 
     Raises:
-        UsageError: If the shapes do not tell, or nothing is built under that name.
+        UsageError: If the shapes do not tell, the file holds too little, or nothing is built under that name.
     """
     found = Architecture(architecture) if architecture else _recognize(layout)
     if found is None:
@@ -43,6 +47,11 @@ def build_backbone(layout: Layout, architecture: str | None, arguments: dict[str
             f"`architecture` must be given for a file that is no ResNet-18 to -152 or ViT-Ti to -L, got {shown}, ... "
             "Pass its timm name, or the backbone itself to e2mc_hf's import_checkpoint."
         )
+    if architecture is None:
+        with torch.device("meta"):
+            outline = timm.create_model(found.name, num_classes=0, **found.arguments)
+        place_encoder(layout, outline)
+        check_coverage(outline, layout, source)
     backbone = load_backbone(found.name, from_scratch=True, backbone_args=found.arguments | arguments)
     if not is_timm(backbone):
         return backbone
@@ -84,8 +93,8 @@ def place_encoder(layout: Layout, plain: nn.Module) -> None:
     }
 
 
-def load_encoder(plain: nn.Module, layout: Layout, source: str) -> tuple[list[str], float]:
-    """Copy the encoder's numbers.
+def check_coverage(plain: nn.Module, layout: Layout, source: str) -> tuple[list[str], float]:
+    """Compare what a file holds with what the encoder has.
 
     Args:
         plain: Module whose names are those of the file.
@@ -93,10 +102,10 @@ def load_encoder(plain: nn.Module, layout: Layout, source: str) -> tuple[list[st
         source: Name of the file, for the message.
 
     Returns:
-        Names that were missing, and the share of the numbers that was there.
+        Names that are missing, and the share of the numbers that is there.
 
     Raises:
-        UsageError: If the share is below 99%, a shape or kind differs, or a number is not finite.
+        UsageError: If the share is below 99%, or a shape or kind differs.
     """
     state, given = plain.state_dict(), layout.part("backbone.")
     missing = [name for name in state if name not in given]
@@ -109,7 +118,7 @@ def load_encoder(plain: nn.Module, layout: Layout, source: str) -> tuple[list[st
             f"`file` must hold at least {MIN_COVERAGE:.0%} of the encoder's numbers, got {coverage:.1%} from "
             f"{source!r}.{hint} {_nearest(missing, layout)} Is it a checkpoint of this architecture?"
         )
-    copy_tensors(state, given)
+    _check_shapes(state, given, "")
     return missing, coverage
 
 
@@ -136,19 +145,26 @@ def copy_tensors(state: Mapping[str, Tensor], given: Mapping[str, Tensor], prefi
     Raises:
         UsageError: If a shape or kind differs, or a number is not finite.
     """
+    _check_shapes(state, given, prefix)
+    names = [name for name in given if name in state]
+    for name in names:
+        if given[name].is_floating_point() and not given[name].isfinite().all():
+            raise _wrong_tensor(f"{prefix}{name} with numbers that are not finite")
+    for name in names:
+        state[name].copy_(given[name])
+
+
+def _check_shapes(state: Mapping[str, Tensor], given: Mapping[str, Tensor], prefix: str) -> None:
     for name in (name for name in given if name in state):
         ours, theirs = state[name], given[name]
-        got = None
         if ours.shape != theirs.shape:
-            got = f"shape {tuple(theirs.shape)} where it is {tuple(ours.shape)}"
-        elif ours.is_floating_point() != theirs.is_floating_point():
-            got = f"{theirs.dtype} where it is {ours.dtype}"
-        elif theirs.is_floating_point() and not theirs.isfinite().all():
-            got = "numbers that are not finite"
-        if got is not None:
-            raise UsageError(
-                f"`file` must hold each tensor in its shape and kind, got {prefix}{name} with {got}. Is it a "
-                "checkpoint of this architecture?"
-            )
-    for name in (name for name in given if name in state):
-        state[name].copy_(given[name])
+            raise _wrong_tensor(f"{prefix}{name} with shape {tuple(theirs.shape)} where it is {tuple(ours.shape)}")
+        if ours.is_floating_point() != theirs.is_floating_point():
+            raise _wrong_tensor(f"{prefix}{name} with {theirs.dtype} where it is {ours.dtype}")
+
+
+def _wrong_tensor(got: str) -> UsageError:
+    return UsageError(
+        f"`file` must hold each tensor in its shape and kind, and finite, got {got}. Is it a checkpoint of this "
+        "architecture?"
+    )

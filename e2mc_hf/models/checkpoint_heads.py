@@ -1,5 +1,6 @@
 """Heads of an author's checkpoint as those of an objective: what options they were built with, and what differs."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,37 +47,41 @@ def _check_unit_norms(layout: Layout) -> None:
             )
 
 
-def options_of(objective: str, heads: Mapping[str, Tensor]) -> dict[str, Any]:
+def options_of(objective: str, heads: Mapping[str, Tensor], feature_dim: int) -> dict[str, Any]:
     """Options of an objective whose heads have these shapes.
+
+    Every matrix that the objective would make is found in the file, each as wide as the one before: a small file cannot
+    ask for large heads.
 
     Args:
         objective: Name of the objective.
         heads: By their names in the objective.
+        feature_dim: F, width of the backbone's features.
 
     Raises:
         UsageError: If a head is missing, or the objective cannot have such heads.
     """
     if objective in ("vicreg", "barlow_twins"):
-        widths = _widths(heads, "projector.")
+        numbers = [int(match[1]) for name in heads if (match := re.fullmatch(r"projector\.(\d{1,2})\.\w+", name))]
+        last = -(-max(numbers, default=0) // 3)  # each layer but the last is followed by normalization and activation
+        widths = _chain(heads, feature_dim, *(f"projector.{3 * layer}" for layer in range(last + 1)))
         _require_fit(len(set(widths)) == 1, f"a projector of widths {widths}, where {objective}'s layers are alike")
         return {"projector_dim": widths[-1], "projector_layers": len(widths)}
     if objective == "swav":
-        (hidden, _), (width, _), (count, _) = _shapes(heads, "projector.0", "projector.3", "prototypes")
+        hidden, width, count = _chain(heads, feature_dim, "projector.0", "projector.3", "prototypes")
         return {"projector_dim": width, "hidden_dim": hidden, "num_prototypes": count}
     if objective == "dino":
-        widths = _widths(heads, "projector.")
-        _require_fit(len(widths) == 3 and widths[0] == widths[1], f"a head of widths {widths}, where dino's has three")
-        ((count, _),) = _shapes(heads, "prototypes")
-        return {
-            "projector_dim": widths[-1],
-            "hidden_dim": widths[0],
-            "num_prototypes": count,
-            "norm": "projector.1.running_mean" in heads,
-        }
-    widths = [width for width, _ in _shapes(heads, "projector.0", "projector.3", "projector.6")]
-    _require_fit(len(set(widths)) == 1, f"a projector of widths {widths}, where {objective}'s layers are alike")
-    ((predictor_width, _),) = _shapes(heads, "predictor.0")
-    return {"projector_dim": widths[-1], "predictor_dim": predictor_width}
+        has_norm = "projector.1.running_mean" in heads
+        layers = [f"projector.{(3 if has_norm else 2) * layer}" for layer in range(3)]
+        first, second, width, count = _chain(heads, feature_dim, *layers, "prototypes")
+        _require_fit(first == second, f"a head of hidden widths {first} and {second}, where dino's are alike")
+        return {"projector_dim": width, "hidden_dim": first, "num_prototypes": count, "norm": has_norm}
+    layers = ["projector.0", "projector.3", "projector.6", "predictor.0", "predictor.3"]
+    *widths, predictor, width = _chain(heads, feature_dim, *layers)
+    _require_fit(
+        set(widths) == {width}, f"heads of widths {[*widths, predictor, width]}, where {objective}'s are alike"
+    )
+    return {"projector_dim": width, "predictor_dim": predictor}
 
 
 def check_whole(wanted: Iterable[str], heads: Mapping[str, Tensor]) -> None:
@@ -100,19 +105,17 @@ def check_whole(wanted: Iterable[str], heads: Mapping[str, Tensor]) -> None:
         )
 
 
-def _widths(heads: Mapping[str, Tensor], prefix: str) -> list[int]:
-    """Output widths of the linear layers of a head, in order."""
-    names = [name for name in heads if name.startswith(prefix) and heads[name].dim() == 2]
-    if not names:
-        check_whole([f"{prefix}0.weight"], {})
-    return [heads[name].shape[0] for name in sorted(names, key=lambda name: (len(name), name))]
-
-
-def _shapes(heads: Mapping[str, Tensor], *layers: str) -> list[tuple[int, int]]:
+def _chain(heads: Mapping[str, Tensor], width: int, *layers: str) -> list[int]:
+    """Output widths of linear layers, each of which takes what the one before gives."""
     names = [f"{layer}.weight" for layer in layers]
     check_whole(names, {name: heads[name] for name in names if name in heads})
-    _require_fit(all(heads[name].dim() == 2 for name in names), f"heads that are no linear layers: {', '.join(names)}")
-    return [(heads[name].shape[0], heads[name].shape[1]) for name in names]
+    widths = []
+    for name in names:
+        shape = tuple(heads[name].shape)
+        _require_fit(len(shape) == 2 and shape[1] == width, f"{name} of shape {shape}, where it takes {width}")
+        width = shape[0]
+        widths.append(width)
+    return widths
 
 
 def _require_fit(fits: bool, got: str) -> None:

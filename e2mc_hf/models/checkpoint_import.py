@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone
-from e2mc_hf.models.checkpoint_encoder import build_backbone, copy_tensors, is_timm, load_encoder, place_encoder
+from e2mc_hf.models.checkpoint_encoder import build_backbone, check_coverage, copy_tensors, is_timm, place_encoder
 from e2mc_hf.models.checkpoint_files import FileRecord, read_checkpoint
 from e2mc_hf.models.checkpoint_formats import Layout, read_layout
 from e2mc_hf.models.checkpoint_heads import check_whole, heads_of, options_of
@@ -117,13 +117,14 @@ def import_checkpoint(
     content, file = read_checkpoint(path)
     layout = read_layout(content, format, encoder_only=encoder_only)
     if backbone is None:
-        backbone = build_backbone(layout, architecture, dict(backbone_args or {}))
+        backbone = build_backbone(layout, architecture, dict(backbone_args or {}), file.name)
     elif architecture is not None or backbone_args:
         raise UsageError("`backbone` must not be given with `architecture` or `backbone_args`. Drop one of them.")
     plain = backbone.model.get_submodule("timm_model") if is_timm(backbone) else backbone.model
     place_encoder(layout, plain)
     before = _fingerprint(plain)
-    missing, coverage = load_encoder(plain, layout, file.name)
+    missing, coverage = check_coverage(plain, layout, file.name)
+    copy_tensors(plain.state_dict(), layout.part("backbone."))
     fingerprint = _fingerprint(plain)
     if fingerprint == before:
         raise UsageError(f"`file` must change the encoder, got {file.name!r} with its initial numbers. Pass another.")
@@ -154,7 +155,7 @@ def _add_heads(backbone: Backbone, layout: Layout) -> tuple[SSLModel | None, dic
     if not heads or layout.objective not in OBJECTIVES:
         layout.places = {name: place for name, place in layout.places.items() if place.startswith("backbone.")}
         return None, {}
-    options = options_of(layout.objective, heads)
+    options = options_of(layout.objective, heads, backbone.measure_num_features(backbone.image_settings.size))
     model = SSLModel.from_backbone(backbone, layout.objective, options)
     state = model.objective.state_dict()
     parts = {name.split(".")[0] for name, _ in model.objective.named_children()}

@@ -1,7 +1,9 @@
+import re
+
 import pytest
 import timm
 import torch
-from models.author_files import DIM, HIDDEN, PROTOTYPES, WRITERS, prefixed, resnet, simsiam, swav, vicreg
+from models.author_files import DIM, HIDDEN, PROTOTYPES, WIDTH, WRITERS, prefixed, resnet, simsiam, swav, vicreg
 from torch import nn
 
 from e2mc_hf.errors import UsageError
@@ -229,25 +231,31 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_options_of_an_objective_follow_from_the_shapes_of_its_heads(files, name):
-    assert options_of(name, heads_of(layout_of(files, name))) == OPTIONS[name]
+    width = 32 if name == "dino" else WIDTH
+    assert options_of(name, heads_of(layout_of(files, name)), width) == OPTIONS[name]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("objective", ["vicreg", "barlow_twins"])
 def test_a_projector_of_any_depth_is_counted(depth, objective):
     heads = {f"projector.{3 * layer}.weight": torch.ones(8, 8) for layer in range(depth)}
-    assert options_of(objective, heads) == {"projector_dim": 8, "projector_layers": depth}
+    assert options_of(objective, heads, 8) == {"projector_dim": 8, "projector_layers": depth}
 
 
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
-        ("vicreg", ("projector.0.weight", torch.ones(9, 16)), "a projector of widths"),
-        ("simsiam", ("encoder.fc.0.weight", torch.ones(9, 16)), "a projector of widths"),
+        ("vicreg", ("projector.0.weight", torch.ones(DIM, 9)), "of shape (16, 9), where it takes 16"),
+        ("vicreg", ("projector.3.weight", torch.ones(9, DIM)), "of shape (16, 16), where it takes 9"),
+        ("vicreg", ("projector.6.weight", torch.ones(9, DIM)), "a projector of widths [16, 16, 9]"),
         ("swav", ("prototypes.weight", None), "without prototypes.weight"),
-        ("swav", ("projection_head.0.weight", torch.ones(9)), "heads that are no linear layers"),
+        ("swav", ("prototypes.weight", torch.ones(9, 9)), "prototypes.weight of shape (9, 9), where it takes 16"),
+        ("swav", ("projection_head.0.weight", torch.ones(9)), "projector.0.weight of shape (9,)"),
         ("simsiam", ("predictor.0.weight", None), "without predictor.0.weight"),
-        ("dino", ("student.head.mlp.2.weight", None), "a head of widths"),
+        ("simsiam", ("predictor.3.weight", torch.ones(9, 8)), "heads of widths [16, 16, 16, 8, 9]"),
+        ("mec", ("encoder.fc.3.weight", None), "without projector.3.weight"),
+        ("dino", ("student.head.mlp.2.weight", None), "without projector.2.weight"),
+        ("vicreg", ("projector.6.weight", None), "without projector.6.weight"),
         ("dino", ("student.head.last_layer.weight_v", None), "without prototypes.weight"),
         ("dino", ("student.head.last_layer.weight_g", torch.full((PROTOTYPES, 1), 2.0)), "prototypes of unit norm"),
     ],
@@ -259,8 +267,8 @@ def test_heads_that_the_objective_cannot_have_are_refused(files, name, change, c
         del layout.places[key]
     else:
         layout.tensors[key] = value
-    with pytest.raises(UsageError, match=complaint) as refusal:
-        options_of(name, heads_of(layout))
+    with pytest.raises(UsageError, match=re.escape(complaint)) as refusal:
+        options_of(name, heads_of(layout), 32 if name == "dino" else WIDTH)
     assert "Pass --encoder_only" in str(refusal.value)
 
 

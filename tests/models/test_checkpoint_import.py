@@ -17,6 +17,7 @@ from models.author_files import (
     vicreg,
     vit,
 )
+from models.hostile_worker import memory, reset_peak
 from models.tiny import randomized, same_state, transformers_model
 from safetensors.torch import load_file, save_file
 from timm import create_model
@@ -376,8 +377,31 @@ def test_an_architecture_that_is_not_recognized_must_be_given(tmp_path):
     assert "'conv1.weight' (64, 3, 7, 7)" in message
 
 
+@pytest.fixture
+def peak():
+    """Bytes that this process needed on top of those in use at first."""
+    before = reset_peak()
+    return lambda: memory("VmHWM") - before
+
+
+def test_the_names_of_a_large_model_alone_cost_no_memory(tmp_path, peak):
+    state = {f"blocks.{number}.attn.qkv.weight": torch.ones(1) for number in range(24)}
+    state |= {"patch_embed.proj.weight": torch.ones(1024, 3, 16, 16), "pos_embed": torch.ones(1, 197, 1024)}
+    message = refusal_of(tmp_path, state | {"cls_token": torch.ones(1, 1, 1024)}, format="auto")
+    assert "must hold at least 99% of the encoder's numbers, got " in message
+    assert peak() < 100 << 20  # a ViT-L has 1,200 MB
+
+
+def test_a_narrow_matrix_does_not_make_wide_heads(tmp_path, peak):
+    state = vicreg().state_dict()
+    state |= {"projector.0.weight": torch.ones(100_000, 16), "projector.3.weight": torch.ones(100_000, 16)}
+    assert "projector.3.weight of shape (100000, 16), where it takes 100000" in refusal_of(tmp_path, state)
+    assert peak() < 200 << 20  # its square has 40 GB
+
+
 PARTIAL = [
     (vicreg, "projector.3.weight", "without projector.3.weight"),
+    (vicreg, "projector.6.weight", "without projector.6.weight"),
     (vicreg, "projector.4.running_mean", "without projector.4.running_mean"),
     (swav, "prototypes.weight", "without prototypes.weight"),
     (swav, "projection_head.1.weight", "without projector.1.weight"),
