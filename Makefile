@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(PYTHON) scripts/demo.py --output_dir demo
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quality: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -135,10 +135,12 @@ def _arguments_of_warm_up(arguments: E2MCTrainingArguments, folder: str, steps: 
     warm_up.optimizer, warm_up.learning_rate = "adamw", arguments.head_warmup_learning_rate
     warm_up.layer_decay = 1.0
     warm_up.lr_scheduler_type = type(arguments.lr_scheduler_type)("constant")
+    warm_up.lr_scheduler_kwargs = None
     warm_up.warmup_steps = 0
     warm_up.logging_steps = 1
     warm_up.save_strategy = type(arguments.save_strategy)("no")
     warm_up.eval_strategy = type(arguments.eval_strategy)("no")
+    warm_up.load_best_model_at_end = False
     warm_up.report_to = []
     warm_up.push_to_hub = False
     warm_up.resume_from_checkpoint = None
