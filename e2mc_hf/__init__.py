@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from e2mc_hf.regularizers.entropy import marginal_entropy as marginal_entropy
     from e2mc_hf.regularizers.output import RegularizerOutput as RegularizerOutput
     from e2mc_hf.training.arguments import E2MCTrainingArguments as E2MCTrainingArguments
+    from e2mc_hf.training.continuation import continue_pretraining as continue_pretraining
     from e2mc_hf.training.trainer import E2MCTrainer as E2MCTrainer
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "SSLOutput": "e2mc_hf.models.ssl_model",
     "UsageError": "e2mc_hf.errors",
     "VICReg": "e2mc_hf.objectives.vicreg",
+    "continue_pretraining": "e2mc_hf.training.continuation",
     "evaluate_encoder": "e2mc_hf.evaluation.protocol",
     "export_encoder": "e2mc_hf.publishing.encoder",
     "load_backbone": "e2mc_hf.models.loading",
@@ -52,6 +54,7 @@ __all__ = [
     "SSLOutput",
     "UsageError",
     "VICReg",
+    "continue_pretraining",
     "evaluate_encoder",
     "export_encoder",
     "load_backbone",

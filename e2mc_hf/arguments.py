@@ -269,7 +269,7 @@ class RunArguments:
         "train (statistics of each process), synchronized (of all processes, so that 2 equal 1), frozen (the "
         "encoder's own, kept) or recalibrated (synchronized, then estimated anew after training).",
     )
-    head_warmup: str = option(
+    head_warmup: str | int = option(
         "auto",
         "Steps for which new heads are fitted before the encoder is trained: a number, none, or auto (until the loss "
         "levels off; no steps where heads were loaded or the encoder is random).",
@@ -288,6 +288,7 @@ class RunArguments:
     report_to: str | list[str] | None = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
 
     def __post_init__(self) -> None:
+        self.head_warmup = str(self.head_warmup)  # a number in Python
         require(
             self.optimizer in ("lars", "adamw", "sgd"),
             "optimizer",
@@ -327,6 +328,13 @@ class RunArguments:
             "must be auto, none or a number of steps",
             self.head_warmup,
             "Pass --head_warmup auto.",
+        )
+        require(
+            not (self.restore_momentum and self.lora_rank),
+            "restore_momentum",
+            "must be off with lora_rank: the momentum is that of weights which LoRA freezes",
+            self.restore_momentum,
+            "Leave one of the two out.",
         )
         require(
             0 < self.layer_decay <= 1, "layer_decay", "must lie in (0, 1]", self.layer_decay, "1 treats layers alike."

@@ -56,16 +56,12 @@ def run(options: Options) -> None:
     from e2mc_hf.data.dataset import ViewDataset
     from e2mc_hf.data.sources import load_images
     from e2mc_hf.data.views import ViewTransform
-    from e2mc_hf.models.freezing import freeze_first_blocks
-    from e2mc_hf.models.lora import add_lora
     from e2mc_hf.models.starting_point import has_heads, load_starting_point, objective_of
     from e2mc_hf.objectives.registry import check_views, objective_kind
     from e2mc_hf.training.arguments import E2MCTrainingArguments
-    from e2mc_hf.training.finishing import finished_model
-    from e2mc_hf.training.head_warmup import warm_up_heads
+    from e2mc_hf.training.continuation import continue_pretraining
     from e2mc_hf.training.launch import check_world
     from e2mc_hf.training.momentum import read_momentum
-    from e2mc_hf.training.trainer import E2MCTrainer
 
     disable_progress_bar()  # those of loading and saving; the training keeps its own
     refuse_unknown(options, [*GROUPS.values(), E2MCTrainingArguments])
@@ -92,23 +88,20 @@ def run(options: Options) -> None:
         image_size=views.image_size,
         other_sizes=[views.small_image_size] if views.num_small_views else [],
     )
-    if training.lora_rank:
-        add_lora(model.backbone, training.lora_rank, teacher=model.teacher)
-    for part in [model.backbone] if model.teacher is None else [model.backbone, model.teacher]:
-        freeze_first_blocks(part, training.freeze_blocks)
     source = load_images(data, data.train_split)
     dataset = ViewDataset(source, ViewTransform(views, model.backbone.image_settings), seed=training.seed)
     dataset[0]  # an unreadable image or a view that cannot be drawn shows before anything is written
 
     momentum = read_momentum(start.model) if training.restore_momentum else None
-    trainer = E2MCTrainer(model, training, dataset, momentum=momentum)
-    if training.overwrite and trainer.is_world_process_zero():
-        remove_run(output_dir)
-    if training.resume_from_checkpoint is None:
-        new_heads = not has_heads(start.model, from_scratch=start.from_scratch) and not start.from_scratch
-        warm_up_heads(model, training, dataset, new_heads=new_heads)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trained = finished_model(trainer)
+
+    def replace_run() -> None:
+        if training.overwrite and training.should_save:
+            remove_run(output_dir)
+
+    new_heads = not has_heads(start.model, from_scratch=start.from_scratch) and not start.from_scratch
+    trained, trainer = continue_pretraining(
+        model, training, dataset, new_heads=new_heads, momentum=momentum, before_training=replace_run
+    )
     if trainer.is_world_process_zero():
         finish(trained, trainer.state.log_history, output_dir, given)
     trainer.accelerator.end_training()

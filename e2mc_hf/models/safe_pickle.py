@@ -1,8 +1,9 @@
 """Read what a checkpoint's pickle claims, without making anything of it.
 
-`torch.load(weights_only=True)` calls a hundred functions of torch with whatever arguments the file gives, and takes
-memory for whatever size it claims. Here the same instructions are followed with stand-ins: names must be on a list of
-about twenty, sizes must lie within the file, and only then is the file handed to torch.
+`torch.load(weights_only=True)` executes nothing foreign, but takes memory and time as the file asks: in torch 2.15 a
+dictionary key of nested tuples ends the interpreter or never returns, `bytearray(10**12)` is made, and a tensor of two
+numbers may count 10^12. Here the same instructions are followed with stand-ins: names must be on a list of about
+twenty, sizes must lie within the file, and only then is the file handed to torch.
 """
 
 import struct

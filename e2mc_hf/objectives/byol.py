@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from e2mc_hf.objectives.heads import mlp
 from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.objectives.output import ObjectiveOutput
-from e2mc_hf.objectives.teacher import TeacherBuffers, freeze
+from e2mc_hf.objectives.teacher import TeacherBuffers, check_teacher_options, freeze
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
 
 
@@ -61,8 +61,7 @@ class BYOL(Objective):
                 "`projector_dim` and `hidden_dim` must be at least 1, "
                 f"got {projector_dim} and {hidden_dim}. The paper's are 256 and 4096."
             )
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` must lie in [0, 1], got {momentum}. The paper's is 0.996.")
+        check_teacher_options(momentum, teacher_buffers)
         self.projector = mlp([feature_dim, hidden_dim, projector_dim], last_bias=False)
         self.predictor = mlp([projector_dim, hidden_dim, projector_dim], last_bias=False)
         self.teacher_projector = freeze(deepcopy(self.projector))

@@ -115,6 +115,8 @@ class DINO(Objective):
         for name, share in {"center_momentum": center_momentum, "momentum": momentum}.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"`{name}` must be from 0 to 1, got {share}. Leave it out for the paper's.")
+        if centering not in ("mean", "sinkhorn"):
+            raise ValueError(f"`centering` must be mean or sinkhorn, got {centering!r}. Leave it out for the paper's.")
         self.projector = mlp([feature_dim, hidden_dim, hidden_dim, projector_dim], norm=norm, activation=nn.GELU)
         self.projector.apply(_initialize)
         self.prototypes = nn.Linear(projector_dim, num_prototypes, bias=False)

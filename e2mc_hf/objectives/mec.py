@@ -21,7 +21,7 @@ from e2mc_hf.distributed import all_gather, rank
 from e2mc_hf.objectives.heads import mlp
 from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.objectives.output import ObjectiveOutput
-from e2mc_hf.objectives.teacher import TeacherBuffers, freeze, set_teacher_mode
+from e2mc_hf.objectives.teacher import TeacherBuffers, check_teacher_options, freeze, set_teacher_mode
 from e2mc_hf.regularizers.coding_length import (
     Distortion,
     DivergenceCheck,
@@ -106,13 +106,7 @@ class MEC(Objective):
             raise ValueError(
                 f"`lambda_warmup_epochs` must not be negative, got {lambda_warmup_epochs}. The authors' is 10."
             )
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` must lie in [0, 1], got {momentum}. The paper's is 0.996.")
-        if teacher_buffers not in ("own", "average", "copy"):
-            raise ValueError(
-                f"`teacher_buffers` must be own, average or copy, got {teacher_buffers!r}. Leave it out for the "
-                "authors' own."
-            )
+        check_teacher_options(momentum, teacher_buffers)
         check_series(order, form)
         widths = [feature_dim, projector_dim, projector_dim, projector_dim]
         self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm=True, last_norm_affine=False)

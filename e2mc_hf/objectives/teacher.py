@@ -1,15 +1,28 @@
 """The teacher: an exponential moving average of the student's weights."""
 
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Module = TypeVar("Module", bound=nn.Module)
 TeacherBuffers = Literal["own", "average", "copy"]
 
 
-def freeze(teacher: nn.Module) -> nn.Module:
+def check_teacher_options(momentum: float, buffers: str) -> None:
+    """Refuse a momentum or a treatment of buffers that there is not.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"`momentum` must lie in [0, 1], got {momentum}. The papers' is 0.996.")
+    if buffers not in get_args(TeacherBuffers):
+        raise ValueError(f"`teacher_buffers` must be own, average or copy, got {buffers!r}. Leave it out for own.")
+
+
+def freeze(teacher: Module) -> Module:
     """Take the teacher out of the gradient, and return it."""
     return teacher.requires_grad_(False)
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from itertools import islice
 
+import torch
 from torch import Tensor
 
 from e2mc_hf.models.lora import merge_lora
 from e2mc_hf.models.norm_policy import recalibrate
 from e2mc_hf.models.ssl_model import SSLModel
+from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.training.trainer import E2MCTrainer
 
 # Batches that statistics are estimated from: enough for a mean over samples whose error is far below their spread.
@@ -26,11 +28,12 @@ def finished_model(trainer: E2MCTrainer) -> SSLModel:
     assert isinstance(model, SSLModel)
     merge_lora(model)
     if trainer.args.batch_norm == "recalibrated":
-        recalibrate(model.backbone, _large_views(trainer, model.objective.num_large_views))
+        recalibrate(model.backbone, _large_views(trainer, model.objective))
     return model
 
 
-def _large_views(trainer: E2MCTrainer, count: int) -> Iterator[Tensor]:
-    """Large views of the first batches, each on its own: statistics are those of one view, as in training."""
+def _large_views(trainer: E2MCTrainer, objective: Objective) -> Iterator[Tensor]:
+    """Large views of the first batches, together or one by one as the objective passes them in training."""
     for batch in islice(trainer.get_train_dataloader(), _MOST_BATCHES):
-        yield from batch["views"][:count]
+        views = batch["views"][: objective.num_large_views]
+        yield from [torch.cat(views)] if objective.joint_batch_statistics else views

@@ -9,15 +9,28 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from e2mc_hf.data.dataset import ViewDataset
+from e2mc_hf.distributed import rank
 from e2mc_hf.models.ssl_model import SSLModel
+from e2mc_hf.objectives.teacher import update_teacher
+from e2mc_hf.progress import Progress
 from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.callbacks import ObjectiveCallback
+from e2mc_hf.training.optimizers import parameter_groups
 from e2mc_hf.training.trainer import E2MCTrainer
 
 logger = logging.getLogger(__name__)
@@ -28,19 +41,20 @@ _LEVEL = 0.02
 _PATIENCE = 3
 _WINDOW_STEPS = (10, 100)
 _MOST_EPOCHS = 10
-_MOST_STEPS_OF_SMALL_SETS = 500
+_MOST_STEPS = (500, 5000)  # of small and of large sets
 
 
 def warm_up_heads(model: SSLModel, arguments: E2MCTrainingArguments, dataset: ViewDataset, *, new_heads: bool) -> int:
     """Train the heads of a model on a frozen encoder, with the objective alone, and leave everything else as it was.
 
-    The regularizer takes no part, so that a run and its control start from the same heads. A teacher's heads end as a
-    copy of the student's.
+    The regularizer takes no part, so that a run and its control start from the same heads. Schedules stand as at the
+    first step of the run to come, prototypes are not frozen, and every head has the same learning rate. A teacher's
+    heads follow the student's and end as a copy of them.
 
     Args:
         model: Model to continue.
         arguments: Arguments of the run to come. `head_warmup` says how long: a number of steps, none, or auto, which
-            trains new heads until the loss levels off, at most ten epochs (or 500 steps), and skips others.
+            trains new heads until the loss levels off, at most ten epochs, and skips others.
         dataset: Images and views of the run.
         new_heads: Whether the heads are random and the encoder is not.
 
@@ -52,19 +66,60 @@ def warm_up_heads(model: SSLModel, arguments: E2MCTrainingArguments, dataset: Vi
         return 0
     per_epoch = max(1, len(dataset) // (arguments.per_device_train_batch_size * arguments.world_size))
     window = min(max(per_epoch, _WINDOW_STEPS[0]), _WINDOW_STEPS[1])
-    most = max(_MOST_EPOCHS * per_epoch, _MOST_STEPS_OF_SMALL_SETS) if is_auto else int(arguments.head_warmup)
+    most = min(max(_MOST_EPOCHS * per_epoch, _MOST_STEPS[0]), _MOST_STEPS[1]) if is_auto else int(arguments.head_warmup)
+    if rank() == 0:
+        logger.warning("The heads are fitted on the frozen encoder first, for at most %d steps.", most)
     callbacks: list[TrainerCallback] = [StopWhenLevel(window)] if is_auto else []
     backbones = [model.backbone] if model.teacher is None else [model.backbone, model.teacher]
     with tempfile.TemporaryDirectory() as folder, _frozen(*backbones):
-        trainer = E2MCTrainer(model, _arguments_of_warm_up(arguments, folder, most), dataset, callbacks=callbacks)
+        trainer = _HeadTrainer(model, _arguments_of_warm_up(arguments, folder, most), dataset, callbacks=callbacks)
         trainer.train()
-    model.update_teacher(0.0)
-    taken: int = trainer.state.global_step
+    _move_teacher_heads(model, 0.0)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if trainer.is_world_process_zero():
-        change = f"loss {losses[0]:.4g} to {losses[-1]:.4g}"
-        logger.warning("New heads were fitted for %d steps on the frozen encoder: %s.", taken, change)
-    return taken
+    if rank() == 0:
+        _report(losses, min(window, max(1, len(losses) // 2)))
+    return len(losses)
+
+
+def _report(losses: list[float], window: int) -> None:
+    first, last = (sum(part) / len(part) for part in (losses[:window], losses[-window:]))
+    logger.warning("The heads were fitted for %d steps: loss %.4g to %.4g.", len(losses), first, last)
+    if len(losses) > 1 and not last < first:
+        logger.warning(
+            "`head_warmup` did not lower the loss: such heads may harm the encoder. Try another objective or its "
+            "options, or --head_warmup_learning_rate."
+        )
+
+
+class _HeadTrainer(E2MCTrainer):
+    """Trainer of heads alone: no schedule moves, no rate is fixed, and of a teacher only the heads follow."""
+
+    def __init__(self, model: SSLModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        for callback in (ObjectiveCallback, PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(_TeacherHeads())
+
+    def _announce_progress(self, model: nn.Module) -> Progress:
+        return Progress(0, max(1, self.state.max_steps), self._steps_per_epoch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rate = self.args.learning_rate
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.0, learning_rate=rate), lr=rate)
+        return self.optimizer
+
+
+class _TeacherHeads(TrainerCallback):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model: SSLModel = kwargs["model"]
+        if model.teacher is not None:
+            _move_teacher_heads(model, model.objective.teacher_momentum())
+
+
+def _move_teacher_heads(model: SSLModel, momentum: float) -> None:
+    for own, teachers in model.objective.teacher_pairs():
+        update_teacher(own, teachers, momentum, model.objective.teacher_buffers)
 
 
 class StopWhenLevel(TrainerCallback):
@@ -137,7 +192,11 @@ def _arguments_of_warm_up(arguments: E2MCTrainingArguments, folder: str, steps: 
     warm_up.lr_scheduler_type = type(arguments.lr_scheduler_type)("constant")
     warm_up.lr_scheduler_kwargs = None
     warm_up.warmup_steps = 0
+    warm_up.logging_strategy = type(arguments.logging_strategy)("steps")
     warm_up.logging_steps = 1
+    warm_up.logging_first_step = False
+    warm_up.freeze_blocks = warm_up.lora_rank = 0  # done already
+    warm_up.restore_momentum = False
     warm_up.save_strategy = type(arguments.save_strategy)("no")
     warm_up.eval_strategy = type(arguments.eval_strategy)("no")
     warm_up.load_best_model_at_end = False

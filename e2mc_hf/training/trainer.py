@@ -85,6 +85,7 @@ class E2MCTrainer(Trainer):
         if regularizer is None:
             regularizer = build_regularizer(args.regularizer, args.regularizer_options())
         self.regularizer = regularizer
+        _check_prepared(model, args, momentum)
         _check_batch(regularizer, global_batch, "regularizer_args")
         _check_batch(getattr(model, "objective", None), global_batch, "objective_args")
         self._terms = {"train": TermAverages(), "eval": TermAverages()}
@@ -206,6 +207,24 @@ class E2MCTrainer(Trainer):
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return torch.as_tensor(self.accelerator.reduce(values, reduction="mean"))
+
+
+def _check_prepared(model: nn.Module, args: E2MCTrainingArguments, momentum: Mapping[str, Tensor] | None) -> None:
+    """Refuse options that `continue_pretraining` carries out, where nobody has."""
+    parameters = dict(model.named_parameters())
+    done = {
+        "freeze_blocks": any(not p.requires_grad for name, p in parameters.items() if name.startswith("backbone.")),
+        "lora_rank": any("lora_" in name for name in parameters),
+        "restore_momentum": momentum is not None,
+    }
+    for name, is_done in done.items():
+        require(
+            is_done or not getattr(args, name),
+            name,
+            "is not carried out by the Trainer",
+            getattr(args, name),
+            "Call e2mc_hf.continue_pretraining, which prepares the model.",
+        )
 
 
 def _backbones(model: nn.Module) -> nn.Module:

@@ -149,19 +149,11 @@ def test_photographs_train_on_two_processes(
     assert AutoModel.from_pretrained(folder / "encoder").config.architecture == model[1]
 
 
-METHODS = {
-    "swav": ["projector_dim=16", "hidden_dim=32", "num_prototypes=12", "queue_length=64", "freeze_prototypes_epochs=0"],
-    "dino": ["projector_dim=16", "hidden_dim=32", "num_prototypes=12", "norm=true", "freeze_prototypes_epochs=0"],
-}
-
-
-@pytest.mark.parametrize("objective", sorted(METHODS))
-def test_multi_crop_with_queue_or_teacher_and_fitted_heads_is_the_same_on_two_processes(
-    tmp_path: Path, objective: str
-) -> None:
+def test_small_crops_a_teacher_and_fitted_heads_are_the_same_on_two_processes(tmp_path: Path) -> None:
     words = [word for word in TINY if word != "projector_dim=32"]
-    words[words.index("--objective_args") + 1 : words.index("--objective_args") + 1] = METHODS[objective]
-    words += ["--objective", objective, "--num_small_views", "2", "--small_image_size", "24", "--head_warmup", "1"]
+    heads = ["projector_dim=16", "hidden_dim=32", "num_prototypes=12", "norm=true", "freeze_prototypes_epochs=0"]
+    words[words.index("--objective_args") + 1 : words.index("--objective_args") + 1] = heads
+    words += ["--objective", "dino", "--num_small_views", "2", "--small_image_size", "24", "--head_warmup", "1"]
     words += ["--regularizer_args", "entropy_weight=1", "covariance_weight=1", "transform=normal_cdf", "--use_cpu"]
     folders = {1: tmp_path / "one", 2: tmp_path / "two"}
     for processes, folder in folders.items():
@@ -169,7 +161,8 @@ def test_multi_crop_with_queue_or_teacher_and_fitted_heads_is_the_same_on_two_pr
         batch = ["--per_device_train_batch_size", str(32 // processes), "--optimizer", "sgd"]
         result = launch(launcher, *words, *batch, "--output_dir", str(folder))
         assert result.returncode == 0, result.stderr
-        assert "New heads were fitted for 1 steps" in result.stderr
+        assert "The heads were fitted for 1 steps" in result.stderr
     first, other = (json.loads((folder / "log.json").read_text())[0] for folder in folders.values())
+    # The warm-up's AdamW step turns rounding of small gradients into steps of the learning rate.
     assert other["loss"] == pytest.approx(first["loss"], rel=1e-3)
     assert other["marginal_entropy"] == pytest.approx(first["marginal_entropy"], abs=1e-3)

@@ -101,7 +101,7 @@ def cifar_resnet_backbone(num_blocks: int) -> Backbone:
     return Backbone(CifarResNet(CifarResNetConfig(num_blocks=num_blocks)), ImageSettings(32))
 
 
-@torch.no_grad()
-def features_of(backbone: Backbone, images: Tensor) -> Tensor:
-    """Features in evaluation mode, 256 images at a time."""
-    return torch.cat([backbone.eval()(chunk) for chunk in images.split(256)])
+@torch.inference_mode()
+def features_of(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Features of uint8 images in evaluation mode, 64 at a time: that many fit into the cache."""
+    return torch.cat([backbone.eval()(chunk.float() / 255) for chunk in pixels.split(64)])

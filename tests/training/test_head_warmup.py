@@ -16,7 +16,12 @@ from e2mc_hf.training.arguments import E2MCTrainingArguments
 from e2mc_hf.training.head_warmup import is_level, warm_up_heads
 from e2mc_hf.training.trainer import E2MCTrainer
 
-SMALL = {"vicreg": {"projector_dim": 32}, "byol": {"projector_dim": 16, "hidden_dim": 16}}
+SMALL: dict[str, dict[str, Any]] = {
+    "vicreg": {"projector_dim": 32},
+    "byol": {"projector_dim": 16, "hidden_dim": 16},
+    "swav": {"projector_dim": 16, "hidden_dim": 16, "num_prototypes": 12},
+    "simsiam": {"projector_dim": 16, "predictor_dim": 8, "predictor_learning_rate": 1.0},
+}
 
 
 def new_model(objective: str = "vicreg") -> SSLModel:
@@ -67,8 +72,6 @@ def test_the_teachers_head_ends_as_a_copy_of_the_students(tmp_path: Path) -> Non
     for own, teachers in model.objective.teacher_pairs():
         for parameter, copied in zip(own.parameters(), teachers.parameters(), strict=True):
             assert torch.equal(parameter, copied)
-    for parameter, copied in zip(model.backbone.parameters(), model.teacher.parameters(), strict=True):
-        assert torch.equal(parameter, copied)
 
 
 def test_the_encoder_trains_again_afterwards_and_follows_its_batches(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_auto_fits_new_heads_only_and_a_number_always(
     tmp_path: Path, option: str, new_heads: bool, trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("e2mc_hf.training.head_warmup._MOST_EPOCHS", 1)
-    monkeypatch.setattr("e2mc_hf.training.head_warmup._MOST_STEPS_OF_SMALL_SETS", 4)
+    monkeypatch.setattr("e2mc_hf.training.head_warmup._MOST_STEPS", (4, 4))
     model = new_model()
     before = state(model)
     taken = warm_up_heads(model, arguments(tmp_path, head_warmup=option), views_of_digits(model), new_heads=new_heads)
@@ -115,7 +118,45 @@ def test_the_log_says_how_long_it_took_and_how_far_the_loss_fell(
     model = new_model()
     with caplog.at_level(logging.WARNING, "e2mc_hf"):
         warm_up_heads(model, arguments(tmp_path, head_warmup="2"), views_of_digits(model), new_heads=True)
-    assert "New heads were fitted for 2 steps on the frozen encoder: loss" in caplog.text
+    assert "The heads are fitted on the frozen encoder first, for at most 2 steps." in caplog.text
+    assert "The heads were fitted for 2 steps: loss" in caplog.text
+
+
+def test_a_loss_that_does_not_fall_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = new_model()
+    run = arguments(tmp_path, head_warmup="4", head_warmup_learning_rate=3.0)
+    warm_up_heads(model, run, views_of_digits(model), new_heads=True)
+    assert "`head_warmup` did not lower the loss" in caplog.text
+
+
+def test_prototypes_and_predictors_learn_like_every_head(tmp_path: Path) -> None:
+    for objective, head in (("swav", "prototypes"), ("simsiam", "predictor")):
+        model = new_model(objective)
+        before = state(model)
+        warm_up_heads(model, arguments(tmp_path, head_warmup="2"), views_of_digits(model), new_heads=True)
+        moved = [
+            (tensor - before[name]).abs().max().item()
+            for name, tensor in state(model).items()
+            if name.startswith(f"objective.{head}") and name in dict(model.named_parameters())
+        ]
+        # Two steps of AdamW at 0.001 (and rows brought to unit norm), although the predictor's own rate is 1.
+        assert 0 < max(moved) <= 0.01
+
+
+def test_a_teacher_of_its_own_keeps_its_backbone(tmp_path: Path) -> None:
+    model = new_model("byol")
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(0.1)
+    before = state(model)
+    warm_up_heads(model, arguments(tmp_path, head_warmup="2"), views_of_digits(model), new_heads=False)
+    assert all(torch.equal(t, before[name]) for name, t in state(model).items() if name.startswith("teacher."))
+
+
+def test_how_the_run_logs_does_not_matter(tmp_path: Path) -> None:
+    model = new_model()
+    run = arguments(tmp_path, head_warmup="2", logging_strategy="no", lr_scheduler_type="cosine")
+    assert warm_up_heads(model, run, views_of_digits(model), new_heads=True) == 2
 
 
 def test_a_falling_loss_is_not_level_and_a_flat_one_is() -> None:

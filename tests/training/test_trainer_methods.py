@@ -17,6 +17,7 @@ from e2mc_hf.errors import UsageError
 from e2mc_hf.models.loading import load_backbone
 from e2mc_hf.models.ssl_model import SSLModel
 from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.continuation import continue_pretraining
 from e2mc_hf.training.finishing import finished_model
 from e2mc_hf.training.momentum import read_momentum, restore_momentum
 from e2mc_hf.training.trainer import E2MCTrainer
@@ -213,3 +214,42 @@ def test_a_layer_decay_slows_the_first_layers(tmp_path: Path) -> None:
     by_name = {name: rates[id(p)] for name, p in run.model.named_parameters()}
     assert by_name["objective.projector.0.weight"] == 0.1
     assert min(by_name.values()) == by_name["backbone.model.timm_model.conv1.0.weight"] < 0.1 * 0.5**2
+
+
+@pytest.mark.parametrize("option", [{"freeze_blocks": 1}, {"lora_rank": 2}, {"restore_momentum": True}])
+def test_options_that_only_a_whole_run_carries_out_are_refused_by_the_trainer_alone(
+    tmp_path: Path, option: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"is not carried out by the Trainer, got .* Call e2mc_hf\.continue_pretraining"
+    ):
+        trainer(tmp_path, new_model("vicreg"), **option)
+
+
+def test_a_whole_run_freezes_blocks_fits_heads_and_trains_the_rest(tmp_path: Path) -> None:
+    model = new_model("byol")
+    before = state(model)
+    run = trainer(tmp_path / "unused", new_model("byol"))
+    arguments = E2MCTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=16,
+        max_steps=1,
+        optimizer="sgd",
+        regularizer="none",
+        freeze_blocks=1,
+        head_warmup=1,
+    )
+    finished, done = continue_pretraining(model, arguments, run.train_dataset, new_heads=True)
+    assert done.state.global_step == 1
+    after = state(finished)
+    stem = [name for name in before if name.startswith("backbone.model.timm_model.conv1.")]
+    assert stem
+    assert all(torch.equal(after[name], before[name]) for name in stem)
+    assert not torch.equal(after["objective.projector.0.weight"], before["objective.projector.0.weight"])
+
+
+def test_momentum_and_adapters_are_refused_together(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`restore_momentum` must be off with lora_rank"):
+        trainer(tmp_path, new_model("vicreg"), restore_momentum=True, lora_rank=2)
