@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from e2mc_hf.errors import UsageError as UsageError
     from e2mc_hf.evaluation.protocol import evaluate_encoder as evaluate_encoder
     from e2mc_hf.models.backbone import Backbone as Backbone
+    from e2mc_hf.models.checkpoint_import import import_checkpoint as import_checkpoint
     from e2mc_hf.models.loading import load_backbone as load_backbone
     from e2mc_hf.models.ssl_model import SSLConfig as SSLConfig
     from e2mc_hf.models.ssl_model import SSLModel as SSLModel
@@ -38,6 +39,7 @@ _HOMES = {
     "continue_pretraining": "e2mc_hf.training.continuation",
     "evaluate_encoder": "e2mc_hf.evaluation.protocol",
     "export_encoder": "e2mc_hf.publishing.encoder",
+    "import_checkpoint": "e2mc_hf.models.checkpoint_import",
     "load_backbone": "e2mc_hf.models.loading",
     "marginal_entropy": "e2mc_hf.regularizers.entropy",
     "off_diagonal_covariance": "e2mc_hf.regularizers.covariance",
@@ -57,6 +59,7 @@ __all__ = [
     "continue_pretraining",
     "evaluate_encoder",
     "export_encoder",
+    "import_checkpoint",
     "load_backbone",
     "marginal_entropy",
     "off_diagonal_covariance",

@@ -81,9 +81,16 @@ class SSLModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = backbone if backbone is not None else _build_backbone(config)
         self.objective = build_objective(config.objective, config.objective_args or {}, config.num_features)
-        has_teacher = self.objective.has_teacher
-        self.teacher = freeze(copy.deepcopy(self.backbone)) if has_teacher else None
+        self.teacher = copy.deepcopy(self.backbone) if self.objective.has_teacher else None
+        self.freeze_teacher()
         self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and freeze the teacher again: parameters come trainable from a file."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_teacher()
+        return loaded
 
     @classmethod
     def from_backbone(
@@ -157,6 +164,12 @@ class SSLModel(PreTrainedModel):
         if self.teacher is not None:
             set_teacher_mode(self.teacher, mode)
         return self
+
+    def freeze_teacher(self) -> None:
+        """Take the teacher, backbone and heads, out of the gradient; nothing without a teacher."""
+        if self.teacher is not None:
+            for _, teacher in [(self.backbone, self.teacher), *self.objective.teacher_pairs()]:
+                freeze(teacher)
 
     def set_progress(self, progress: Progress) -> None:
         """Tell the objective how far the run has come."""

@@ -207,3 +207,17 @@ def test_a_backbone_that_could_not_be_saved_is_refused_before_the_training():
     backbone = load_backbone("coat_lite_tiny", from_scratch=True, backbone_args=options)
     with pytest.raises(UsageError, match="must not hold a weight under several names"):
         SSLModel.from_backbone(backbone, objective_args=HEADS)
+
+
+@pytest.mark.parametrize("objective", ["byol", "mec", "dino"])
+def test_a_loaded_teacher_is_as_frozen_as_a_new_one(tmp_path, objective):
+    heads = {"byol": {"hidden_dim": 8}, "mec": {"predictor_dim": 8}, "dino": {"hidden_dim": 8, "num_prototypes": 8}}
+    options = heads[objective] | {"projector_dim": 8}
+    model = SSLModel.from_backbone(backbone_of("resnet", tmp_path / "encoder"), objective, options, image_size=32)
+    model.save_pretrained(tmp_path / "run")
+    loaded, report = SSLModel.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not any(report.values())
+    for one in (model, loaded, SSLModel.from_pretrained(tmp_path / "run")):
+        teachers = {name for name, _ in one.named_parameters() if "teacher" in name}
+        assert teachers
+        assert {name for name, parameter in one.named_parameters() if not parameter.requires_grad} == teachers
