@@ -84,7 +84,7 @@ def test_the_package_is_marked_as_typed():
 
 
 @pytest.mark.skipif(find_spec("pip") is None, reason="no pip in this environment to build a wheel with")
-def test_a_wheel_holds_the_template_and_the_metrics(tmp_path):
+def test_a_wheel_holds_the_template_the_metrics_and_the_recipes(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "demo", "runs", "build", "*.egg-info", "tests"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
@@ -95,4 +95,5 @@ def test_a_wheel_holds_the_template_and_the_metrics(tmp_path):
     assert "e2mc_hf/evaluation/report.html.jinja" in names
     assert "e2mc_hf/metrics/top1_accuracy/top1_accuracy.py" in names
     assert "e2mc_hf/py.typed" in names
+    assert {"e2mc_hf/METHODS.md", "e2mc_hf/recipes/README.md", "e2mc_hf/recipes/swav-800-e2mc.yaml"} <= names
     assert not any(name.startswith(("scripts/", "tests/", "benchmarks/")) for name in names)
