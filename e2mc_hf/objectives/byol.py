@@ -72,10 +72,6 @@ class BYOL(Objective):
         """Projector of the student with the teacher's."""
         return [(self.projector, self.teacher_projector)]
 
-    def teacher_momentum(self) -> float:
-        """Share of the old teacher in the new one: `momentum` at the first step, 1 at the last."""
-        return self.progress.cosine(self.momentum, 1.0)
-
     def forward(
         self,
         features: Sequence[Float[Tensor, "B F"]],

@@ -145,10 +145,6 @@ class DINO(Objective):
         """Projector and prototypes, each with the teacher's."""
         return [(self.projector, self.teacher_projector), (self.prototypes, self.teacher_prototypes)]
 
-    def teacher_momentum(self) -> float:
-        """Share of the old teacher in the new one, at this step."""
-        return self.progress.cosine(self.momentum, 1.0)
-
     def before_optimizer_step(self) -> None:
         """Drop the gradient of the prototypes while they are frozen: no optimizer then moves or decays them."""
         if self.progress.epoch < self.freeze_prototypes_epochs:

@@ -132,10 +132,6 @@ class MEC(Objective):
         """Projector of the student with the teacher's."""
         return [(self.projector, self.teacher_projector)]
 
-    def teacher_momentum(self) -> float:
-        """Share of the old teacher in the new one: `momentum` at the first step, 1 at the last."""
-        return self.progress.cosine(self.momentum, 1.0)
-
     def inverse_lambda(self, num_samples: int) -> float:
         """1/lambda = N eps_d^2 for N samples over all processes, and up to 8 times that during the warm-up."""
         factor = self.progress.linear(_WARMUP_FACTOR, 1.0, self.lambda_warmup_epochs)

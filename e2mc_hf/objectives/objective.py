@@ -36,6 +36,7 @@ class Objective(nn.Module):
     joint_batch_statistics: ClassVar[bool] = False
     num_large_views: ClassVar[int] = 2
     teacher_buffers: TeacherBuffers = "own"
+    momentum: float  # of a method with a teacher
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,8 +54,8 @@ class Objective(nn.Module):
         return []
 
     def teacher_momentum(self) -> float:
-        """Share of the old teacher in the new one, at this step."""
-        raise NotImplementedError(f"{type(self).__name__} has no teacher")
+        """Share of the old teacher in the new one: `momentum` at the first step of the run, 1 at the last."""
+        return self.progress.cosine(self.momentum, 1.0)
 
     def fixed_learning_rates(self) -> dict[str, float]:
         """Submodules, by name, that are trained with a learning rate of their own, exempt from the schedule."""
