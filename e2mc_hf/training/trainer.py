@@ -16,6 +16,8 @@ from e2mc_hf.data.loader import ViewLoader
 from e2mc_hf.data.sampling import GlobalBatchSampler
 from e2mc_hf.distributed import all_gather
 from e2mc_hf.errors import UsageError
+from e2mc_hf.models.backbone import Backbone
+from e2mc_hf.models.layer_order import layer_order
 from e2mc_hf.models.norm_policy import apply_norm_policy
 from e2mc_hf.progress import Progress
 from e2mc_hf.regularizers.registry import build_regularizer
@@ -213,7 +215,7 @@ def _check_prepared(model: nn.Module, args: E2MCTrainingArguments, momentum: Map
     """Refuse options that `continue_pretraining` carries out, where nobody has."""
     parameters = dict(model.named_parameters())
     done = {
-        "freeze_blocks": any(not p.requires_grad for name, p in parameters.items() if name.startswith("backbone.")),
+        "freeze_blocks": _are_frozen(getattr(model, "backbone", None), args.freeze_blocks),
         "lora_rank": any("lora_" in name for name in parameters),
         "restore_momentum": momentum is not None,
     }
@@ -225,6 +227,14 @@ def _check_prepared(model: nn.Module, args: E2MCTrainingArguments, momentum: Map
             getattr(args, name),
             "Call e2mc_hf.continue_pretraining, which prepares the model.",
         )
+
+
+def _are_frozen(backbone: object, count: int) -> bool:
+    """Whether the first blocks of a backbone are frozen, each parameter of them."""
+    if not isinstance(backbone, Backbone) or count == 0:
+        return False
+    depths = layer_order(backbone).depths
+    return not any(p.requires_grad for name, p in backbone.named_parameters() if depths[name] <= count)
 
 
 def _backbones(model: nn.Module) -> nn.Module:
