@@ -16,6 +16,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     modes = [(child, child.training) for child in module.modules()]
     module.train()
     module.eval()
+    assert not any(child.training for child in module.modules()), "a module refuses evaluation mode"
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e2mc_hf"
-FOUNDATION = {"errors", "arguments", "options", "command_line", "distributed", "progress", "recipe_files"}
+FOUNDATION = {"errors", "arguments", "options", "command_line", "distributed", "progress", "recipe_files", "modes"}
 LEVELS = dict.fromkeys(FOUNDATION, 0) | {
     "regularizers": 1,
     "data": 1,

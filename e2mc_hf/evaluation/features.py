@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from e2mc_hf.arguments import require
 from e2mc_hf.data.workers import worker_options, workers_errors_as_here
+from e2mc_hf.modes import evaluation_mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ def extract_features(
     loader = DataLoader(dataset, batch_size=batch_size, **worker_options(num_workers))
     require(len(loader) > 0, "dataset", "must hold at least one image", 0, "Check the split and `max_samples`.")
     rows, labels = [], []
-    with _evaluation_mode(encoder), torch.inference_mode():
+    with evaluation_mode(encoder), torch.inference_mode():
         for images, classes in _progress(loader, description):
             rows.append(_forward(encoder, images))
             labels.append(torch.as_tensor(classes))
@@ -73,19 +73,6 @@ def extract_features(
         "The training may have diverged, or the input may not be normalized as the encoder expects.",
     )
     return Features(x=x, y=torch.cat(labels).to(torch.int64).numpy())
-
-
-@contextmanager
-def _evaluation_mode(encoder: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, then give each the mode it had."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    assert not any(module.training for module in encoder.modules()), "a module refuses evaluation mode"
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _forward(encoder: nn.Module, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from e2mc_hf.data.image_settings import ImageSettings
 from e2mc_hf.errors import UsageError
-from e2mc_hf.models.modes import evaluation_mode
+from e2mc_hf.modes import evaluation_mode
 
 # Vision transformers without a class token: their tokens are averaged when the model itself does not pool.
 _NO_CLASS_TOKEN = {"ijepa", "swinv2", "hiera", "focalnet", "siglip_vision_model"}

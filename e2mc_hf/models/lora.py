@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from e2mc_hf.arguments import require
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone, name_of
-from e2mc_hf.models.modes import evaluation_mode
+from e2mc_hf.modes import evaluation_mode
 
 _ATTENTION = {"attn", "attention", "self_attn"}
 _PROJECTIONS = {

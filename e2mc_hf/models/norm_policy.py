@@ -12,7 +12,7 @@ from e2mc_hf.arguments import require
 from e2mc_hf.distributed import rank
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.batch_norm import synchronize_batch_norm
-from e2mc_hf.models.modes import evaluation_mode
+from e2mc_hf.modes import evaluation_mode
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from e2mc_hf.data.image_settings import ImageSettings
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone, prepare_config
 from e2mc_hf.models.loading import accept_sizes, load_backbone
-from e2mc_hf.models.modes import evaluation_mode
+from e2mc_hf.modes import evaluation_mode
 from e2mc_hf.publishing.encoder import export_encoder
 
 OWN, OTHER = 32, 48
