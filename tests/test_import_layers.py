@@ -6,7 +6,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e2mc_hf"
-FOUNDATION = {"errors", "arguments", "options", "command_line", "distributed", "progress", "recipe_files", "modes"}
+FOUNDATION = {
+    "errors",
+    "arguments",
+    "option_fields",
+    "image_arguments",
+    "options",
+    "command_line",
+    "distributed",
+    "progress",
+    "recipe_files",
+    "modes",
+}
 LEVELS = dict.fromkeys(FOUNDATION, 0) | {
     "regularizers": 1,
     "data": 1,
@@ -20,7 +31,16 @@ LEVELS = dict.fromkeys(FOUNDATION, 0) | {
     "__init__": 6,  # the public names
 }
 LIBRARIES = {"regularizers": {"torch", "numpy", "jaxtyping"}}
-INSTANT = {"arguments", "errors", "options", "command_line", "recipe_files", "progress"}
+INSTANT = {
+    "arguments",
+    "image_arguments",
+    "option_fields",
+    "errors",
+    "options",
+    "command_line",
+    "recipe_files",
+    "progress",
+}
 SLOW = {"torch", "transformers", "yaml", "timm", "datasets", "numpy"}
 
 
