@@ -18,7 +18,7 @@ class ModelArguments:
 
     model: str = option(
         "resnet18",
-        "Encoder to start from: a Hub id, a timm name, a local folder, or the output of an earlier run (heads kept).",
+        "Encoder to start from: a Hub id, a timm name, a folder, or an earlier run (heads kept).",
     )
     model_revision: str | None = option(None, "Branch, tag or commit of the encoder on the Hub.")
     from_scratch: bool = option(False, "Random weights on purpose; without it every weight must come from `model`.")
@@ -112,13 +112,13 @@ class RunArguments:
     max_grad_norm: float = option(0.0, "Gradient norm to clip at; 0 does not clip.")
     batch_norm: str = option(
         "synchronized",
-        "train (statistics of each process), synchronized (of all processes, so that 2 equal 1), frozen (the "
-        "encoder's own, kept) or recalibrated (synchronized, then estimated anew after training).",
+        "train (statistics of each process), synchronized (of all), frozen (the encoder's own) or recalibrated "
+        "(synchronized, then estimated anew after training).",
     )
     head_warmup: str | int = option(
         "auto",
-        "Steps for which new heads are fitted before the encoder is trained: a number, none, or auto (until the loss "
-        "levels off; no steps where heads were loaded or the encoder is random).",
+        "Steps for which new heads are fitted alone first: a number, none, or auto (until the loss levels off; "
+        "none where heads were loaded or the encoder is random).",
     )
     head_warmup_learning_rate: float = option(1e-3, "Learning rate of AdamW in that phase.")
     layer_decay: float = option(1.0, "Factor of the learning rate from heads to last block, and from block to block.")
@@ -129,6 +129,7 @@ class RunArguments:
     use_cpu: bool = option(False, "Train on the CPU; needed for several CPU processes.")
     bf16: bool = option(False, "bfloat16 autocast; the criterion stays in float32.")
     dataloader_num_workers: int = option(0, "Processes on each rank that decode and augment images.")
+    worker_timeout: float = option(120.0, "Seconds without a batch after which these processes count as frozen.")
     logging_steps: float = option(10, "Steps between two log lines.")
     save_strategy: str = option("no", "no, epoch or steps: checkpoints to resume from, besides the final encoder.")
     report_to: str | list[str] | None = option("none", "Tracker: none, tensorboard, wandb, trackio, ...")
@@ -142,7 +143,8 @@ class RunArguments:
             self.optimizer,
             "Pass --optimizer lars for the paper's.",
         )
-        for name in ("learning_rate", "head_warmup_learning_rate", "per_device_train_batch_size", "logging_steps"):
+        positive = ("learning_rate", "head_warmup_learning_rate", "per_device_train_batch_size", "logging_steps")
+        for name in (*positive, "worker_timeout"):
             require(getattr(self, name) > 0, name, "must be positive", getattr(self, name), "Pass a positive number.")
         require(
             self.optimizer != "lars" or self.weight_decay > 0,

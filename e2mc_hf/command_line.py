@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +56,7 @@ def build_parser(description: str, groups: Groups, epilog: str | None = None) ->
         epilog=epilog,
         allow_abbrev=False,
         usage="%(prog)s [options]",
-        formatter_class=_formatter,
+        formatter_class=_Formatter,
     )
     for title, kind in groups.items():
         group = parser.add_argument_group(title)
@@ -69,8 +70,13 @@ def build_parser(description: str, groups: Groups, epilog: str | None = None) ->
     return parser
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120)
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Never break a name at its hyphen."""
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def _arity(annotation: Any) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """What several processes need of each other; on one process every function is the identity."""
 
-from typing import Any
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -42,6 +46,60 @@ def all_reduce_sum(x: Tensor) -> Tensor:
         return x
     total: Tensor = _AllReduceSum.apply(x)
     return total
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Collect a small picklable value from every process, in rank order; all processes must call this together."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def run_on_first(action: Callable[[], T]) -> T:
+    """Run an action on the first process only, and give its result, or its error, to all of them.
+
+    All processes must call this together. The others wait for the first as long as for any collective: up to the
+    timeout of the process group. On one process it is just the call.
+
+    Args:
+        action: What to do; its result and its errors must be picklable.
+
+    Returns:
+        What the action returned, on every process.
+
+    Raises:
+        Exception: What the action raised, with the same type on every process.
+    """
+    if world_size() == 1:
+        return action()
+    error: Exception | None = None
+    outcome = [b""]
+    if rank() == 0:
+        try:
+            result = action()
+            outcome = [pickle.dumps((result, None))]
+        except Exception as raised:
+            error = raised
+            outcome = [_pickled_error(raised)]
+    # Pickled here, not by the collective: what cannot be pickled would leave the others waiting.
+    dist.broadcast_object_list(outcome, src=0)
+    if rank() > 0:
+        result, error = pickle.loads(outcome[0])
+    if error is not None:
+        raise error
+    return result
+
+
+def _pickled_error(error: Exception) -> bytes:
+    """The outcome that carries an error, or its text if it does not survive pickling."""
+    try:
+        outcome = pickle.dumps((None, error))
+        pickle.loads(outcome)
+    except Exception:
+        return pickle.dumps((None, RuntimeError(f"On the first process: {type(error).__name__}: {error}")))
+    return outcome
 
 
 class _AllGather(torch.autograd.Function):

@@ -4,22 +4,32 @@ from dataclasses import dataclass, replace
 
 from e2mc_hf.option_fields import option, require
 
+BUILDERS = ("parquet", "webdataset", "imagefolder")
+
 
 @dataclass
 class DataArguments:
     """Which images."""
 
     dataset: str = option(
-        "digits", "`digits` (embedded), a Hub dataset id, or a local folder (parquet or imagefolder)."
+        "digits",
+        "digits, a name in e2mc_hf/DATASETS.md, a Hub id, or a folder of parquet, tars or images.",
     )
     dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")
-    train_split: str = option("train", "Split to train on, or to fit the probes on.")
+    data_files: str | list[str] | None = option(
+        None, "Files, globs or URLs, of the kind `dataset`: parquet, webdataset, imagefolder."
+    )
+    train_split: str = option("train", "Split to train on, or to fit the probes on; a+b is both.")
     image_column: str | None = option(None, "Column of the images; found by its feature type when not given.")
     label_column: str | None = option(None, "Column of the labels (evaluation only); found by its type when not given.")
     max_samples: int | None = option(
         None, "Use the first `max_samples` images of a seeded shuffle; all when not given."
     )
+    file_list: str | None = option(None, "Text file with the file names of the only images to use (ImageNet's 1%).")
+    streaming: bool = option(False, "Read while training, nothing copied first; parquet, webdataset or images.")
+    shuffle_window: int = option(1000, "Images of a stream that are shuffled together.")
+    max_unreadable_share: float = option(0.01, "Share of unreadable images, of 1,000 or more, that stops the run.")
 
     def __post_init__(self) -> None:
         require(
@@ -29,6 +39,65 @@ class DataArguments:
             self.max_samples,
             "Leave it out to use every image.",
         )
+        require(
+            self.shuffle_window >= 1,
+            "shuffle_window",
+            "must be at least 1",
+            self.shuffle_window,
+            "1 shuffles little more than a batch.",
+        )
+        require(
+            0 <= self.max_unreadable_share <= 1,
+            "max_unreadable_share",
+            "must lie between 0 and 1",
+            self.max_unreadable_share,
+            "0 stops at the first, 1 never.",
+        )
+        self._check_files()
+        self._check_streaming()
+
+    def _check_files(self) -> None:
+        """Builder's name and files belong together."""
+        require(
+            self.data_files is None or bool(self.data_files),
+            "data_files",
+            "must name at least one file",
+            self.data_files,
+            "Leave it out to read all of `dataset`.",
+        )
+        require(
+            self.data_files is None or self.dataset != "digits",
+            "data_files",
+            "must come with a `dataset` that says what they are",
+            self.data_files,
+            f"Pass --dataset with one of {', '.join(BUILDERS)}.",
+        )
+        require(
+            self.data_files is not None or self.dataset not in BUILDERS,
+            "dataset",
+            "must come with `data_files` when it is the name of a format",
+            self.dataset,
+            f"Pass --data_files, or ./{self.dataset} for a folder of that name.",
+        )
+
+    def _check_streaming(self) -> None:
+        """What a stream, read in order and once, cannot do."""
+        require(
+            not (self.streaming and self.dataset == "digits"),
+            "streaming",
+            "must be off for `digits`, which are in memory",
+            self.streaming,
+            "Leave it out.",
+        )
+        for name in ("max_samples", "file_list"):
+            value = getattr(self, name)
+            require(
+                not self.streaming or value is None,
+                name,
+                "must be left out with `streaming`, which reads every image there is",
+                value,
+                "Leave out one of the two.",
+            )
 
 
 @dataclass
@@ -54,6 +123,7 @@ class ViewArguments:
     blur_prob: list[float] = option([1.0, 0.1], "Probability of Gaussian blur, one value a view.")
     blur_sigma: list[float] = option([0.1, 2.0], "Range of the blur's standard deviation, in pixels.")
     solarize_prob: list[float] = option([0.0, 0.2], "Probability of solarization, one value a view.")
+    show_views: str | None = option(None, "Write some images and their views to this PNG file, and do not train.")
 
     def __post_init__(self) -> None:
         require(self.num_views >= 2, "num_views", "must be at least 2", self.num_views, "Pass --num_views 2 or more.")

@@ -53,6 +53,7 @@ def run(options: Options) -> None:
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
+    from e2mc_hf.data.contact_sheet import write_contact_sheet
     from e2mc_hf.data.dataset import ViewDataset
     from e2mc_hf.data.sources import load_images
     from e2mc_hf.data.views import ViewTransform
@@ -66,13 +67,16 @@ def run(options: Options) -> None:
     disable_progress_bar()  # those of loading and saving; the training keeps its own
     refuse_unknown(options, [*GROUPS.values(), E2MCTrainingArguments])
     given = dict(options)
+    if options.get("show_views") is not None:
+        options.setdefault("output_dir", str(Path(str(options["show_views"])).parent))  # nothing else is written
     start, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
     data, views = take(options, DataArguments), take(options, ViewArguments)
     training = take(options, E2MCTrainingArguments)
     check_world(training.world_size)
     evaluation = str(training.eval_strategy.value)
     require(evaluation == "no", "eval_strategy", "must be no", evaluation, "Evaluate the encoder with evaluate.py.")
-    output_dir = training.checked_output_dir()
+    require(not training.eval_on_start, "eval_on_start", "must be off", True, "Evaluate the encoder with evaluate.py.")
+    output_dir = training.checked_output_dir() if views.show_views is None else Path(views.show_views)
 
     set_seed(training.seed)
     method = objective_of(start.model, objective.objective, from_scratch=start.from_scratch)
@@ -89,8 +93,19 @@ def run(options: Options) -> None:
         other_sizes=[views.small_image_size] if views.num_small_views else [],
     )
     source = load_images(data, data.train_split)
-    dataset = ViewDataset(source, ViewTransform(views, model.backbone.image_settings), seed=training.seed)
-    dataset[0]  # an unreadable image or a view that cannot be drawn shows before anything is written
+    dataset = ViewDataset(
+        source,
+        ViewTransform(views, model.backbone.image_settings),
+        seed=training.seed,
+        shuffle_window=data.shuffle_window,
+        max_unreadable_share=data.max_unreadable_share,
+    )
+    for row in dataset.first_rows(1):
+        dataset[row]  # a view that cannot be drawn shows before anything is written
+    if views.show_views is not None:
+        if training.should_save:
+            print(f"Views: {write_contact_sheet(dataset, views.show_views)}")
+        return
 
     momentum = read_momentum(start.model) if training.restore_momentum else None
 

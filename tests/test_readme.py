@@ -94,6 +94,14 @@ def test_table_of_the_criterion_is_what_its_benchmark_printed() -> None:
         assert f"| {' | '.join(row)} |" in README
 
 
+def test_table_of_the_input_pipeline_is_what_its_benchmark_printed() -> None:
+    printed = (ROOT / "benchmarks" / "input_pipeline.txt").read_text(encoding="utf-8").splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed]
+    assert [row[1] for row in rows] == ["authors", "lightly", "worker", "whole", "authors", "worker", "whole"]
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in README
+
+
 def test_images_and_links_into_the_repository_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

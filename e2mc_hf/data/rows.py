@@ -10,7 +10,8 @@ class Row(NamedTuple):
         epoch: Epoch the views are drawn for.
         sample_id: Index of the image in the whole dataset, the same map-style and streamed.
         encoded: Bytes of the image file; None leaves the reading to the worker (map-style).
-        spares: Rows that stand in, in this order, when the image cannot be read; the rows of a stream share them.
+        spares: Rows that stand in when the image cannot be read, shared by several rows: the one at
+            `sample_id % len(spares)` first, then those behind it, then those before.
     """
 
     epoch: int

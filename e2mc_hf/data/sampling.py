@@ -1,18 +1,17 @@
-"""The order of the images: the same global batches, in the same order, whatever the number of processes."""
+"""The order of images that can be read at any place: one permutation of all of them."""
 
 from collections.abc import Iterator
 
-from torch.utils.data import Sampler
-
+from e2mc_hf.data.order import BatchOrder
+from e2mc_hf.data.rows import Row
 from e2mc_hf.data.seeds import permutation
-from e2mc_hf.errors import UsageError
 
 
-class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+class GlobalBatchSampler(BatchOrder):
     """Cut each global batch into one contiguous slice a process.
 
     An epoch is one permutation of all images, known to every process. Two processes with batches of N/2 thus train on
-    the very batches of one process with N. An incomplete global batch at the end of an epoch is dropped.
+    the very batches of one process with N.
 
     Args:
         num_samples: Images in the dataset.
@@ -29,38 +28,11 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     def __init__(
         self, num_samples: int, batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool = True
     ) -> None:
-        if num_samples < batch_size * world_size:
-            raise UsageError(
-                f"`per_device_train_batch_size` times the number of processes must not exceed the {num_samples} images,"
-                f" got {batch_size} x {world_size} = {batch_size * world_size}."
-                f" {_remedy(num_samples // world_size)}"
-            )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
+        super().__init__(num_samples, batch_size, rank=rank, world_size=world_size, seed=seed, shuffle=shuffle)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration follows."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_samples // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the (epoch, index) pairs of this process, batch by batch."""
-        epoch = self.epoch
+    def batches(self, epoch: int, start: int) -> Iterator[list[Row]]:
+        """Yield the batches of an epoch from the one numbered `start` on; their images are left to be read."""
         order = permutation(self.num_samples, self.seed, epoch) if self.shuffle else range(self.num_samples)
-        for batch in range(len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size]]
-
-
-def _remedy(largest: int) -> str:
-    """Say what to lower."""
-    if largest == 0:
-        return "Use fewer processes or more images."
-    return f"Pass --per_device_train_batch_size {largest} or less."
+        for batch in range(start, len(self)):
+            first = batch * self.global_batch_size + self.rank * self.batch_size
+            yield [Row(epoch, index) for index in order[first : first + self.batch_size]]

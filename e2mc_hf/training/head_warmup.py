@@ -103,6 +103,9 @@ class _HeadTrainer(E2MCTrainer):
     def _announce_progress(self, model: nn.Module) -> Progress:
         return Progress(0, max(1, self.state.max_steps), self._steps_per_epoch)
 
+    def _save_where_it_stopped(self) -> str:
+        return "The heads were still being fitted, there is nothing to resume: start the run again."
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             rate = self.args.learning_rate
@@ -199,6 +202,7 @@ def _arguments_of_warm_up(arguments: E2MCTrainingArguments, folder: str, steps: 
     warm_up.restore_momentum = False
     warm_up.save_strategy = type(arguments.save_strategy)("no")
     warm_up.eval_strategy = type(arguments.eval_strategy)("no")
+    warm_up.eval_on_start = False
     warm_up.load_best_model_at_end = False
     warm_up.report_to = []
     warm_up.push_to_hub = False

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from e2mc_hf.arguments import require
-from e2mc_hf.data.dataset import ViewDataset
-from e2mc_hf.data.loader import ViewLoader
-from e2mc_hf.data.sampling import GlobalBatchSampler
 from e2mc_hf.distributed import all_gather
 from e2mc_hf.errors import UsageError
 from e2mc_hf.models.backbone import Backbone
@@ -26,9 +22,10 @@ from e2mc_hf.training.callbacks import ObjectiveCallback
 from e2mc_hf.training.momentum import restore_momentum
 from e2mc_hf.training.optimizers import build_optimizer
 from e2mc_hf.training.terms import TermAverages
+from e2mc_hf.training.view_trainer import ViewTrainer
 
 
-class E2MCTrainer(Trainer):
+class E2MCTrainer(ViewTrainer):
     """`transformers.Trainer` whose loss is the model's own plus a regularizer of the embeddings of all processes.
 
     Works with any model whose output has `loss` (scalar), `embeddings` (V, B, D) and, optionally, `terms`. Every term
@@ -50,7 +47,6 @@ class E2MCTrainer(Trainer):
         FloatingPointError: While training, if the loss is not finite: before it is used for an update.
     """
 
-    args: E2MCTrainingArguments
     model: nn.Module
 
     # The loss is a mean over the batch; transformers must not rescale it by counts of labels.
@@ -61,7 +57,7 @@ class E2MCTrainer(Trainer):
         model: nn.Module,
         args: E2MCTrainingArguments,
         train_dataset: Dataset[Any] | None = None,
-        eval_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None = None,
         *,
         regularizer: nn.Module | None = None,
         momentum: Mapping[str, Tensor] | None = None,
@@ -75,15 +71,6 @@ class E2MCTrainer(Trainer):
             args.per_device_train_batch_size,
             "Batch statistics need more samples.",
         )
-        if isinstance(train_dataset, ViewDataset):
-            # Refuses a dataset smaller than a batch before transformers makes the output folder.
-            GlobalBatchSampler(
-                len(train_dataset),
-                args.per_device_train_batch_size,
-                rank=args.process_index,
-                world_size=args.world_size,
-                seed=args.seed,
-            )
         if regularizer is None:
             regularizer = build_regularizer(args.regularizer, args.regularizer_options())
         self.regularizer = regularizer
@@ -177,38 +164,12 @@ class E2MCTrainer(Trainer):
         return 0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Global batches of views, cut by rank here and not by accelerate."""
-        loader = (
-            self._view_loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
-            if isinstance(self.train_dataset, ViewDataset)
-            else super().get_train_dataloader()
-        )
+        """Batches of the run; their number is what epochs are counted by."""
+        loader = super().get_train_dataloader()
         self._steps_per_epoch = (
             max(1, len(loader)) if isinstance(loader.dataset, Sized) else max(1, self.args.max_steps)
         )
         return loader
-
-    def get_eval_dataloader(self, eval_dataset: Dataset[Any] | str | None = None) -> DataLoader[Any]:
-        """Global batches of views in the order of the dataset."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, ViewDataset):
-            return self._view_loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _view_loader(self, dataset: ViewDataset, batch_size: int, *, shuffle: bool) -> ViewLoader:
-        return ViewLoader(
-            dataset,
-            batch_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            seed=self.args.seed,
-            shuffle=shuffle,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
-
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return torch.as_tensor(self.accelerator.reduce(values, reduction="mean"))
 
 
 def _check_prepared(model: nn.Module, args: E2MCTrainingArguments, momentum: Mapping[str, Tensor] | None) -> None:

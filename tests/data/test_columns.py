@@ -1,5 +1,5 @@
 import pytest
-from datasets import ClassLabel, Features, Image, Value
+from datasets import ClassLabel, Features, Image, LargeList, List, Value
 
 from e2mc_hf.data.columns import find_image_column, find_label_column
 from e2mc_hf.errors import UsageError
@@ -44,3 +44,43 @@ def test_a_named_label_column_of_another_type_is_refused(named):
 
 def test_several_label_columns_do_not_stand_in_the_way_of_training():
     assert find_label_column(Features({"photo": IMAGE, "fine": CLASS, "coarse": CLASS}), None, name="x") is None
+
+
+STORED = {"bytes": Value("binary"), "path": Value("string")}
+
+
+def test_a_stored_image_that_is_not_called_one_is_found_if_no_column_is():
+    features = Features({"photo": STORED, "label": CLASS, "box": {"x": INTEGER, "y": INTEGER}})
+    assert find_image_column(features, None, name="x") == "photo"
+    assert find_image_column(Features({"photo": STORED, "thumbnail": IMAGE}), None, name="x") == "thumbnail"
+    assert find_image_column(Features({"photo": STORED, "thumbnail": IMAGE}), "photo", name="x") == "photo"
+
+
+def test_plain_bytes_are_an_image_only_if_named():
+    features = Features({"jpeg": Value("binary"), "large": Value("large_binary")})
+    assert find_image_column(features, "large", name="x") == "large"
+    with pytest.raises(UsageError, match=r"got 0\. Pass one of the columns of 'x': jpeg \(binary\)"):
+        find_image_column(features, None, name="x")
+
+
+@pytest.mark.parametrize("several", [List(IMAGE), LargeList(IMAGE)])
+@pytest.mark.parametrize("named", [None, "frames"])
+def test_a_column_of_several_images_a_row_is_refused(several, named):
+    with pytest.raises(UsageError, match=r"one image a row.* got (0|'frames')\. .*frames \(list of Image\)"):
+        find_image_column(Features({"frames": several, "label": CLASS}), named, name="x")
+
+
+def test_the_columns_of_a_webdataset_are_found_by_their_extensions():
+    features = Features({"jpg": IMAGE, "cls": INTEGER, "json": {"id": INTEGER}, "__key__": Value("string")})
+    assert find_image_column(features, None, name="x") == "jpg"
+    assert find_label_column(features, None, name="x") == "cls"
+
+
+def test_a_column_of_classes_goes_before_one_called_cls():
+    assert find_label_column(Features({"jpg": IMAGE, "cls": INTEGER, "label": CLASS}), None, name="x") == "label"
+    assert find_label_column(Features({"jpg": IMAGE, "cls": Value("string")}), None, name="x") is None
+
+
+@pytest.mark.parametrize("name", ["img", "pixel_values", "jpg", "fine_label"])
+def test_the_name_of_the_image_column_does_not_matter(name):
+    assert find_image_column(Features({"text": Value("string"), name: IMAGE}), None, name="x") == name

@@ -1,13 +1,16 @@
 import pytest
 import torch
-from accelerate import skip_first_batches
+from data.deadly_source import DeniedSource
+from data.image_files import encoded, map_source
 from datasets import Dataset, Features, Image
 
 from e2mc_hf.arguments import DataArguments, ViewArguments
 from e2mc_hf.data.dataset import ViewDataset
 from e2mc_hf.data.image_settings import ImageSettings
+from e2mc_hf.data.image_source import ImageSource
 from e2mc_hf.data.loader import ViewLoader, worker_options
-from e2mc_hf.data.sources import ImageSource, load_images
+from e2mc_hf.data.retrying import RemoteFileError
+from e2mc_hf.data.sources import load_images
 from e2mc_hf.data.views import ViewTransform
 from e2mc_hf.errors import UsageError
 
@@ -25,11 +28,7 @@ def loader(dataset, batch_size=4, rank=0, world_size=1, **options):
 
 def epoch_of(batches, epoch):
     """The epoch's batches as the trainer gets them."""
-    if hasattr(batches, "set_epoch"):
-        batches.set_epoch(epoch)
-    underlying = getattr(batches.batch_sampler, "batch_sampler", None)
-    if underlying is not None:
-        underlying.set_epoch(epoch)
+    batches.set_epoch(epoch)
     return [torch.stack(batch["views"]) for batch in batches]
 
 
@@ -59,13 +58,24 @@ def test_workers_change_no_value_in_any_epoch(dataset):
     here, there = loader(dataset), loader(dataset, num_workers=2)
     for epoch in (0, 1):
         assert same(epoch_of(here, epoch), epoch_of(there, epoch))
-    assert same(epoch_of(here, 2)[2:], epoch_of(skip_first_batches(there, 2), 2))
+    there.skip(2)
+    assert same(epoch_of(here, 2)[2:], epoch_of(there, 2))
 
 
-def test_a_run_resumed_within_an_epoch_sees_the_rest_of_it(dataset):
-    resumed = skip_first_batches(loader(dataset), 1)
-    assert same(epoch_of(resumed, 5), epoch_of(loader(dataset), 5)[1:])
-    assert len(resumed) == 2
+def test_a_run_resumed_within_an_epoch_sees_the_rest_of_it_and_then_whole_epochs(dataset):
+    resumed, whole = loader(dataset), loader(dataset)
+    resumed.skip(1)
+    assert same(epoch_of(resumed, 5), epoch_of(whole, 5)[1:])
+    assert same(epoch_of(resumed, 6), epoch_of(whole, 6))
+    assert len(resumed) == len(whole)
+
+
+def test_views_are_normalized_floats_on_the_device_of_the_loader(dataset):
+    (view, _) = next(iter(loader(dataset, device="meta")))["views"]
+    assert view.device.type == "meta"
+    (view, _) = next(iter(loader(dataset)))["views"]
+    assert view.dtype == torch.float32
+    assert view.min() < 0 < view.max()
 
 
 def test_loading_leaves_the_global_random_state_alone(dataset):
@@ -78,8 +88,16 @@ def test_loading_leaves_the_global_random_state_alone(dataset):
 def test_a_broken_image_gives_the_same_one_line_from_here_and_from_a_worker(num_workers):
     rows = Dataset.from_dict({"image": [{"bytes": b"broken", "path": None}]}, features=Features({"image": Image()}))
     broken = ViewDataset(ImageSource(rows, "image", None, "tiny", None), TRANSFORM, seed=0)
-    with pytest.raises(UsageError, match=r"^`dataset` must hold .* image 0 of 'tiny' .*from the dataset\.$"):
+    with pytest.raises(UsageError, match=r"^`dataset` must hold .* image 0 of 'tiny' .*Repair the dataset\.$"):
         epoch_of(loader(broken, 1, num_workers=num_workers), 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_keeps_its_type_and_its_line_from_here_and_from_a_worker(num_workers):
+    rows = map_source(encoded(4)).dataset
+    denied = ViewDataset(DeniedSource(rows, "image", None, "tiny", None), TRANSFORM, seed=0)
+    with pytest.raises(RemoteFileError, match=r"^`dataset` is not for you \(403\)\. Ask for it\.$"):
+        epoch_of(loader(denied, num_workers=num_workers), 0)
 
 
 def test_workers_never_fork_the_training_process():

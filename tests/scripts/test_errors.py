@@ -117,6 +117,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(refusal, options, 
         ({"resume_from_checkpoint": "nowhere"}, "`resume_from_checkpoint`"),
         ({"report_to": "nothing"}, "`report_to`"),
         ({"eval_strategy": "steps"}, "`eval_strategy`"),
+        ({"eval_on_start": "true"}, "`eval_on_start`"),
     ],
 )
 def test_an_option_that_does_not_fit_the_rest_of_the_run_is_refused_before_anything_is_written(
@@ -187,7 +188,8 @@ def test_a_folder_of_unreadable_images_is_refused(refusal, workplace):
     for number in range(8):
         (folder / f"{number}.png").write_bytes(b"not an image")
     line = refusal(dataset="photos", max_samples=None)
-    assert line.startswith("`dataset` must hold readable images, got one that is not: image 0 of 'photos'")
+    assert line.startswith("`dataset` must hold readable images, got one that is not, nor are those")
+    assert "image 0 of 'photos' (not an image" in line
 
 
 def test_a_column_that_is_not_there_is_refused(refusal, workplace):

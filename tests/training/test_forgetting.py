@@ -67,7 +67,7 @@ def good_encoder(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 def accuracy_after_continuing(encoder: Backbone, folder: Path, head_warmup: str) -> float:
     model, dataset = with_new_heads(encoder), digits(encoder)
-    options = {"max_steps": 30, "optimizer": "sgd", "learning_rate": 0.003, "head_warmup": head_warmup}
+    options = {"max_steps": 60, "optimizer": "sgd", "learning_rate": 0.003, "head_warmup": head_warmup}
     run = arguments(folder, head_warmup_learning_rate=3e-3, **options)
     warm_up_heads(model, run, dataset, new_heads=True)
     E2MCTrainer(model, run, dataset).train()

@@ -1,15 +1,21 @@
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data.image_files import encoded
 from torch import Tensor
 
 from e2mc_hf.arguments import DataArguments, ViewArguments
 from e2mc_hf.data.dataset import ViewDataset
+from e2mc_hf.data.retrying import RemoteFileUnreachableError
+from e2mc_hf.data.shards import Shard
 from e2mc_hf.data.sources import load_images
+from e2mc_hf.data.stream import StreamSource
 from e2mc_hf.data.views import ViewTransform
+from e2mc_hf.errors import UsageError
 from e2mc_hf.models.loading import load_backbone
 from e2mc_hf.models.ssl_model import SSLModel
 from e2mc_hf.training.arguments import E2MCTrainingArguments
@@ -127,6 +133,34 @@ def test_a_loss_that_does_not_fall_is_warned_of(tmp_path: Path, caplog: pytest.L
     run = arguments(tmp_path, head_warmup="4", head_warmup_learning_rate=3.0)
     warm_up_heads(model, run, views_of_digits(model), new_heads=True)
     assert "`head_warmup` did not lower the loss" in caplog.text
+
+
+class Unreachable(Shard):
+    """A shard whose server is out of reach after some images."""
+
+    def __init__(self, images: list[bytes], most: int) -> None:
+        self.images = images
+        self.left = most
+
+    @property
+    def rows(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> Iterator[bytes | None]:
+        for image in self.images[start:stop]:
+            if self.left == 0:
+                raise RemoteFileUnreachableError("http://server cannot be reached.")
+            self.left -= 1
+            yield image
+
+
+def test_heads_whose_images_stop_coming_are_not_said_to_be_saved(tmp_path: Path) -> None:
+    model = new_model()
+    images = StreamSource([Unreachable(encoded(64), 50)], "image", "tiny", None)
+    transform = views_of_digits(model).transform
+    dataset = ViewDataset(images, transform, seed=0, shuffle_window=20)
+    with pytest.raises(UsageError, match=r"cannot be reached\. The heads .* nothing to resume: start the run again\.$"):
+        warm_up_heads(model, arguments(tmp_path, head_warmup="9"), dataset, new_heads=True)
 
 
 def test_prototypes_and_predictors_learn_like_every_head(tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ def test_evaluation_reports_loss_and_terms(tmp_path: Path) -> None:
     assert metrics["eval_loss"] == pytest.approx(total, rel=1e-5)
 
 
+def test_several_datasets_are_evaluated_each_by_its_name(tmp_path: Path) -> None:
+    run = trainer(tmp_path, per_device_eval_batch_size=BATCH)
+    alone = run.evaluate()["eval_loss"]
+    run.eval_dataset = {"one": digits(128), "two": digits(64)}
+    metrics = run.evaluate()
+    assert metrics["eval_one_loss"] == alone
+    assert "eval_two_loss" in metrics
+
+
+def test_fewer_images_to_evaluate_on_than_a_batch_are_refused_with_the_option_to_change(tmp_path: Path) -> None:
+    rule = "`per_device_eval_batch_size` times 1 processes must not exceed the 128 images to evaluate on, got 129"
+    with pytest.raises(UsageError, match=rule):
+        trainer(tmp_path, per_device_eval_batch_size=129).evaluate()
+    with pytest.raises(UsageError, match=rule):
+        trainer(tmp_path, per_device_eval_batch_size=129, eval_strategy="steps")
+
+
 class Points(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return 64
