@@ -76,7 +76,7 @@ class ViewDataset(Dataset[Sample]):
         """
         row = key if isinstance(key, Row) else Row(0, key)
         unreadable = None
-        for candidate in (row, *islice(self._stand_ins(row), _MOST_STAND_INS)):
+        for candidate in chain([row], islice(self._stand_ins(row), _MOST_STAND_INS)):
             try:
                 image = EncodedImage(self.encoded(candidate))
                 views = self.transform(image, seed=self.seed, epoch=row.epoch, sample_id=candidate.sample_id)

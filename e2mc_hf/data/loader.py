@@ -161,7 +161,7 @@ class ViewLoader(DataLoader[Sample]):
         """
         for batch in self._batches():
             self.unreadable.add(len(batch["views"][0]), batch["unreadable"])
-            views = [view.to(self._device, non_blocking=True) for view in batch["views"]]
+            views = [view.to(self._device, non_blocking=self._device.type == "cuda") for view in batch["views"]]
             yield {"views": self.dataset.transform.photometry(views, batch["photometry"])}
 
     def _batches(self) -> Iterator[dict[str, list[Any]]]:

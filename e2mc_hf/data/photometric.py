@@ -95,7 +95,7 @@ class _Plan:
 
     def on_device(self, values: Tensor) -> Tensor:
         """Copy without waiting for the device."""
-        return values.to(self.device, non_blocking=True)
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
 
     def jitter(self, samples: Float32[Tensor, "chunk 3 h w"], part: slice) -> None:
         """Jitter, each sample in its own order, and grayscale; in place."""

@@ -1,5 +1,6 @@
 """What a checkpoint says about the images of its run, so that the run goes on with the very next batch."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ def order_of(dataset: ViewDataset, args: E2MCTrainingArguments, lanes: int | Non
         "batch over all processes": args.per_device_train_batch_size * args.world_size,
         "seed": args.seed,
         "view seed": dataset.seed,
+        "revision": dataset.source.revision,
         "streaming": isinstance(dataset.source, StreamSource),
     }
     if isinstance(dataset.source, StreamSource):
-        order |= {"shuffle_window": dataset.shuffle_window, "lanes": lanes}
+        rows = [shard.rows for shard in dataset.source.shards]
+        digest = hashlib.blake2b(repr(rows).encode(), digest_size=4).hexdigest()
+        order |= {"shuffle_window": dataset.shuffle_window, "lanes": lanes, "shards": f"{len(rows)} shards {digest}"}
     return order
 
 
@@ -35,10 +39,19 @@ def save_data_state(
     (Path(folder) / _FILE).write_text(json.dumps(state, indent=1))
 
 
-def read_data_state(checkpoint: str | Path) -> dict[str, Any] | None:
-    """Order and counts of a checkpoint; None if it has none (it was not made on a `ViewDataset`)."""
+def read_data_state(checkpoint: str | Path) -> dict[str, Any]:
+    """Order and counts of a checkpoint.
+
+    Raises:
+        UsageError: If it has none, so that nothing could tell whether the images to come are the right ones.
+    """
     path = Path(checkpoint) / _FILE
-    return dict(json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        raise UsageError(
+            f"`resume_from_checkpoint` must be a checkpoint of a run on views, which holds {_FILE}, got"
+            f" {str(checkpoint)!r}. Take another checkpoint, or start a new run from its model."
+        )
+    return dict(json.loads(path.read_text()))
 
 
 def check_same_order(saved: dict[str, Any], order: dict[str, Any]) -> None:

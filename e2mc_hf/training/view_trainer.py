@@ -15,7 +15,7 @@ from e2mc_hf.arguments import require
 from e2mc_hf.data.dataset import ViewDataset
 from e2mc_hf.data.double_split import check_same_on_every_process, refuse_iterable
 from e2mc_hf.data.loader import ViewLoader, batch_order
-from e2mc_hf.data.retrying import RemoteFileUnreachableError
+from e2mc_hf.data.retrying import RemoteFileError, RemoteFileUnreachableError
 from e2mc_hf.data.stream_order import StreamBatchSampler
 from e2mc_hf.data.unreadable import UnreadableCount
 from e2mc_hf.data.workers import UnusableWorkersError
@@ -103,11 +103,12 @@ class ViewTrainer(Trainer):
         checkpoint = str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir)) or True  # transformers says what is missing
-        self._resumed_state = read_data_state(checkpoint) if isinstance(checkpoint, str) and checkpoint else None
+        needs_state = isinstance(checkpoint, str) and bool(checkpoint) and isinstance(self.train_dataset, ViewDataset)
+        self._resumed_state = read_data_state(str(checkpoint)) if needs_state else None
         self._earlier = UnreadableCount()
         try:
             return super().train(checkpoint or None, *args, **kwargs)
-        except (UnusableWorkersError, RemoteFileUnreachableError) as error:
+        except (UnusableWorkersError, RemoteFileUnreachableError, RemoteFileError) as error:
             raise UsageError(f"{error} {self._save_where_it_stopped()}") from error
 
     def _save_where_it_stopped(self) -> str:

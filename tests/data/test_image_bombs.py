@@ -53,8 +53,8 @@ def png(width, height, *, extra=b""):
     return small[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + small[24:29]) + extra + small[33:]
 
 
-def jpeg(width, height, **options):
-    small = save(PHOTO, "jpeg", **options)
+def jpeg(width, height, mode="RGB", **options):
+    small = save(PHOTO.convert(mode), "jpeg", **options)
     frame = max(small.find(b"\xff\xc0"), small.find(b"\xff\xc2"))
     return small[: frame + 5] + struct.pack(">HH", height, width) + small[frame + 9 :]
 
@@ -96,7 +96,7 @@ def test_files_that_announce_too_many_pixels_are_refused_before_any_is_decoded(t
     bombs = {
         "a.png": png(60_000, 60_000), "b.jpg": jpeg(65_000, 65_000), "c.jpg": jpeg(65_000, 65_000, progressive=True),
         "d.gif": gif(65_000, 65_000), "e.webp": webp(16_383, 16_383), "f.tif": tiff(90_000, 90_000),
-        "g.tif": tiff(64, 64, tile=40_000), "h.ppm": b"P5 90000 90000 255\n",
+        "g.tif": tiff(64, 64, tile=40_000), "h.ppm": b"P5 90000 90000 255\n", "i.jpg": jpeg(9_000, 9_000, "CMYK"),
     }  # fmt: skip
     for name, encoded in bombs.items():
         (tmp_path / name).write_bytes(encoded)

@@ -43,6 +43,14 @@ def test_any_range_of_rows_can_be_read(file_of_thirty, start, stop):
     assert list(open_parquet(file_of_thirty, "image").read(start, stop)) == contents(30)[start:stop]
 
 
+def test_any_range_of_rows_of_a_group_decoded_in_several_parts_can_be_read(file_of_thirty, monkeypatch):
+    monkeypatch.setattr(parquet_shards, "_ROWS_AT_ONCE", 3)
+    shard = open_parquet(file_of_thirty, "image")
+    for start in range(0, 9):
+        for stop in range(start, 16):
+            assert list(shard.read(start, stop)) == contents(30)[start:stop]
+
+
 def test_real_photographs_are_those_of_datasets(photo_folder):
     (file,) = photo_folder.glob("validation*")
     shard = open_parquet(str(file), "image")

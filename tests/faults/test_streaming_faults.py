@@ -221,6 +221,14 @@ def test_files_of_the_hub_are_read_with_one_request_a_part_and_the_token_stays_t
         assert not any("authorization" in request.headers for request in storage.log)
 
 
+def test_other_servers_are_not_shown_the_token(folder, tmp_path):
+    with FaultServer(folder) as hub, FaultServer(folder) as stranger:
+        environment = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home")}
+        ((rows, _, _),) = run_client([stranger.url("0.parquet")], **environment)
+        assert rows == 30
+        assert not any("hf_secret" in str(request.headers) for request in stranger.log)
+
+
 def test_the_hubs_refusals_say_what_to_do(hub_folder, tmp_path):
     url = "hf://datasets/ours/images@main/0.parquet"
     with FaultServer(hub_folder, Faults(("403",), headers=(("X-Error-Code", "GatedRepo"),))) as hub:

@@ -57,8 +57,8 @@ def good_encoder(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """A small vision transformer after 30 epochs of SimCLR on the digits; its heads are thrown away."""
     torch.manual_seed(0)
     backbone = load_backbone("vit_tiny_patch16_224", from_scratch=True, image_size=SIZE, backbone_args=VIT)
-    untrained = nearest_neighbor_accuracy(backbone)
     model = SSLModel.from_backbone(backbone, "simclr", HEADS, image_size=SIZE)
+    untrained = nearest_neighbor_accuracy(backbone)
     schedule = {"max_steps": 300, "optimizer": "adamw", "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
     E2MCTrainer(model, arguments(tmp_path_factory.mktemp("pretraining"), **schedule), digits(backbone)).train()
     assert nearest_neighbor_accuracy(backbone) > untrained + 25

@@ -208,6 +208,21 @@ def test_a_resume_on_other_images_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
 
 
+def test_a_resume_on_the_same_images_in_other_shards_is_refused(tmp_path: Path) -> None:
+    images = encoded(IMAGES)
+    run(tmp_path / "cut", stream_source(tmp_path / "a", images, [20, 24]), max_steps=2).train()
+    other = run(tmp_path / "cut", stream_source(tmp_path / "b", images, [24, 20]))
+    with pytest.raises(UsageError, match=r"another shards \(then 2 shards \w+, now 2 shards \w+\)"):
+        other.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+
+
+def test_a_resume_on_another_revision_is_refused(tmp_path: Path) -> None:
+    then, now = (replace(source("map", tmp_path), revision=commit) for commit in ("a1", "b2"))
+    run(tmp_path / "cut", then, max_steps=2).train()
+    with pytest.raises(UsageError, match=r"another revision \(then a1, now b2\)"):
+        run(tmp_path / "cut", now).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+
+
 def test_training_stops_when_too_many_images_cannot_be_read(tmp_path: Path) -> None:
     images = [BROKEN if number % 50 == 0 else image for number, image in enumerate(encoded(100))]
     options = {"max_steps": 100, "per_device_train_batch_size": 16, "save_strategy": "no"}
@@ -251,3 +266,12 @@ def test_a_run_whose_images_stop_coming_is_saved_and_can_go_on(tmp_path: Path) -
     resumed = run(tmp_path / "cut", own, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(whole, resumed)
+
+
+def test_a_checkpoint_that_does_not_tell_its_images_is_refused(tmp_path: Path) -> None:
+    own = source("map", tmp_path)
+    run(tmp_path / "cut", own, max_steps=2).train()
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    (checkpoint / "data_state.json").unlink()
+    with pytest.raises(UsageError, match=r"`resume_from_checkpoint` must be .* holds data_state\.json, got '.*2'"):
+        run(tmp_path / "cut", own).train(resume_from_checkpoint=str(checkpoint))
