@@ -35,6 +35,16 @@ def test_rows_are_those_of_datasets(files):
     assert read_all(files) == streamed == contents(20)
 
 
+def test_a_file_counts_by_its_last_two_suffixes_as_it_does_for_datasets(tmp_path):
+    names = ["a.png", "b.png.gz", "c.PNG", "d.tar.png", "e.png.old.txt", "f"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"image")
+    files = [str(tmp_path / name) for name in names]
+    rows = datasets.load_dataset("imagefolder", data_files=files, split="train", streaming=True)
+    streamed = [row["image"]["path"] for row in rows.cast_column("image", datasets.Image(decode=False))]
+    assert [name for shard in split_files(files) for name in shard.files] == streamed == files[:4]
+
+
 def test_shards_are_short_so_that_classes_mix(files):
     assert [shard.rows for shard in split_files(files)] == [8, 8, 4]
 

@@ -156,6 +156,17 @@ def test_a_damaged_header_is_refused_instead_of_ending_the_archive(tmp_path):
         index_tar(str(file), "jpg")
 
 
+def test_a_sparse_file_is_refused_since_its_bytes_lie_apart(tmp_path):
+    member = tarfile.TarInfo("a.jpg")
+    content = b"1\n0\n9\n".ljust(512, b"\0") + b"the bytes"
+    member.size = len(content)
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(UsageError, match=r"'a\.jpg' is a sparse file"):
+        index_tar(str(tmp_path / "x.tar"), "jpg")
+
+
 def test_a_header_that_points_back_is_refused_instead_of_read_for_ever(tmp_path):
     file = tmp_path / "x.tar"
     write_tar(file, [("a.txt", b""), ("b.txt", b""), ("c.txt", b"")])
