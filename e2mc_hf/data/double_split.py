@@ -12,7 +12,7 @@ from e2mc_hf.distributed import world_size
 from e2mc_hf.errors import UsageError
 
 
-def check_same_on_every_process(source: ImageSource | StreamSource) -> None:
+def check_same_on_every_process(source: ImageSource | StreamSource, *, name: str = "train_dataset") -> None:
     """Compare the dataset of all processes, which must call this together; one process has nothing to compare.
 
     Compared by content, not by the fingerprint of `datasets`: that depends on when files were copied to a machine.
@@ -23,10 +23,10 @@ def check_same_on_every_process(source: ImageSource | StreamSource) -> None:
     if world_size() == 1:
         return
     seen: list[Any] = [None] * world_size()
-    dist.all_gather_object(seen, (len(source), _digest(source)))
+    dist.all_gather_object(seen, (len(source), content_digest(source)))
     if len(set(seen)) > 1:
         raise UsageError(
-            f"`train_dataset` must be the same whole dataset on every process, got {len(set(seen))} different ones with"
+            f"`{name}` must be the same whole dataset on every process, got {len(set(seen))} different ones with"
             f" {', '.join(str(length) for length, _ in seen)} images. Leave out split_dataset_by_node or shard: each"
             " process takes its own part of a batch, and of a dataset cut before it would see only a part of that."
         )
@@ -45,7 +45,7 @@ def refuse_iterable(dataset: IterableDataset) -> NoReturn:
     )
 
 
-def _digest(source: ImageSource | StreamSource) -> str:
+def content_digest(source: ImageSource | StreamSource) -> str:
     """Hash of a few images, or of the shards of a stream: reading those might take minutes."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, StreamSource):

@@ -7,11 +7,13 @@ from typing import BinaryIO, NoReturn, cast
 
 from e2mc_hf.data.file_ranges import FileRanges, FilesystemRanges, Opening, without_secrets
 from e2mc_hf.data.http_ranges import HttpRanges
-from e2mc_hf.data.retrying import Patience, RetryPolicy, TransientError
+from e2mc_hf.data.retrying import Patience, RemoteFileError, RetryPolicy, TransientError
 
 MIN_REQUEST = 64 * 1024  # bytes
 MAX_READ_AHEAD = 8 * 1024 * 1024  # bytes
 DEFAULT_POLICY = RetryPolicy()
+# Answers of a server that has no such file.
+_GONE = (404, 410)
 
 
 def open_file(url: str, *, size: int | None = None, policy: RetryPolicy | None = None) -> BinaryIO:
@@ -46,13 +48,13 @@ def open_file(url: str, *, size: int | None = None, policy: RetryPolicy | None =
 
 
 def read_if_there(url: str) -> bytes | None:
-    """Read a whole file; None if this disk has none of that name, or none that may be read.
+    """Read a whole file; None if there is none of that name, or none on this disk that may be read.
 
     Args:
         url: As for `open_file`. A folder is no file, nor is a device, of which a table could name one without an end.
 
     Raises:
-        RemoteFileError: If a server refuses the file.
+        RemoteFileError: If a server refuses the file for any other reason than that it has none.
         RemoteFileUnreachableError: If the patience of the policy is spent.
     """
     if "://" not in url and not os.path.isfile(url):  # noqa: PTH113 - pathlib raises on names no file can have
@@ -62,6 +64,10 @@ def read_if_there(url: str) -> bytes | None:
             return file.read()
     except (FileNotFoundError, PermissionError):
         return None
+    except RemoteFileError as error:
+        if error.status in _GONE:
+            return None
+        raise
 
 
 class RemoteFile(io.BufferedIOBase):

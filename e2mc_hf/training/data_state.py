@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from e2mc_hf.data.dataset import ViewDataset
+from e2mc_hf.data.double_split import content_digest
 from e2mc_hf.data.stream import StreamSource
 from e2mc_hf.data.unreadable import UnreadableCount
 from e2mc_hf.errors import UsageError
@@ -28,6 +29,8 @@ def order_of(dataset: ViewDataset, args: E2MCTrainingArguments, lanes: int | Non
         rows = [shard.rows for shard in dataset.source.shards]
         digest = hashlib.blake2b(repr(rows).encode(), digest_size=4).hexdigest()
         order |= {"shuffle_window": dataset.shuffle_window, "lanes": lanes, "shards": f"{len(rows)} shards {digest}"}
+    else:
+        order["first, middle and last image"] = content_digest(dataset.source)[:8]
     return order
 
 

@@ -1,16 +1,21 @@
 """What is left to do to a trained model before it is saved."""
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from e2mc_hf.data.retrying import RemoteFileError, RemoteFileUnreachableError
+from e2mc_hf.data.workers import UnusableWorkersError
 from e2mc_hf.models.lora import merge_lora
 from e2mc_hf.models.norm_policy import recalibrate
 from e2mc_hf.models.ssl_model import SSLModel
 from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.training.trainer import E2MCTrainer
+
+logger = logging.getLogger(__name__)
 
 # Batches that statistics are estimated from: enough for a mean over samples whose error is far below their spread.
 _MOST_BATCHES = 200
@@ -18,6 +23,8 @@ _MOST_BATCHES = 200
 
 def finished_model(trainer: E2MCTrainer) -> SSLModel:
     """Trained model in the form that is saved: adapters merged, and statistics recalibrated where asked for.
+
+    Where the images stop coming, the statistics stay as trained, with a warning: a finished run is not lost.
 
     Every process calls it.
 
@@ -28,7 +35,10 @@ def finished_model(trainer: E2MCTrainer) -> SSLModel:
     assert isinstance(model, SSLModel)
     merge_lora(model)
     if trainer.args.batch_norm == "recalibrated":
-        recalibrate(model.backbone, _large_views(trainer, model.objective))
+        try:
+            recalibrate(model.backbone, _large_views(trainer, model.objective))
+        except (UnusableWorkersError, RemoteFileUnreachableError, RemoteFileError) as error:
+            logger.warning("`batch_norm` recalibrated: the statistics stay as trained, for no images came. %s", error)
     return model
 
 

@@ -62,6 +62,7 @@ class ViewTrainer(Trainer):
                 seed=args.seed,
             )
         if isinstance(eval_dataset, ViewDataset) and args.eval_strategy != "no":
+            check_same_on_every_process(eval_dataset.source, name="eval_dataset")
             _check_evaluation_batch(eval_dataset, args)
         self._resumed_state: dict[str, Any] | None = None
         self._train_loader: ViewLoader | None = None

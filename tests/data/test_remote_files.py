@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from e2mc_hf.data.http_ranges import OPENING_SIZE
-from e2mc_hf.data.remote_files import MAX_READ_AHEAD, MIN_REQUEST, open_file
+from e2mc_hf.data.remote_files import MAX_READ_AHEAD, MIN_REQUEST, open_file, read_if_there
 from e2mc_hf.data.retrying import RemoteFileError, RemoteFileUnreachableError, RetryPolicy
 from e2mc_hf.errors import UsageError
 
@@ -46,6 +46,14 @@ def test_a_path_opens_the_file_on_the_disk(folder):
 def test_a_missing_path_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_file(str(tmp_path / "none.bin"))
+
+
+def test_an_image_that_a_server_does_not_have_is_missing_and_one_it_refuses_is_an_error(folder):
+    with FaultServer(folder) as server:
+        assert read_if_there(server.url("noise.bin")) == CONTENT
+        assert read_if_there(server.url("none.bin")) is None
+    with FaultServer(folder, Faults(("403",), 1.0)) as server, pytest.raises(RemoteFileError, match="403"):
+        read_if_there(server.url("noise.bin"))
 
 
 def test_a_remote_file_is_read_whole(server):

@@ -21,6 +21,7 @@ from e2mc_hf.errors import UsageError
 from e2mc_hf.models.loading import load_backbone
 from e2mc_hf.models.ssl_model import SSLModel
 from e2mc_hf.training.arguments import E2MCTrainingArguments
+from e2mc_hf.training.finishing import finished_model
 from e2mc_hf.training.trainer import E2MCTrainer
 
 IMAGES, BATCH, STEPS = 44, 8, 12  # five steps an epoch, four images left over
@@ -80,6 +81,19 @@ class CountedShard:
     def read(self, start: int, stop: int) -> Iterator[bytes | None]:
         for image in self.shard.read(start, stop):
             self.reads.append(1)
+            yield image
+
+
+@dataclass
+class BreakingShard(CountedShard):
+    """A shard whose server is out of reach after some rows."""
+
+    most: int = 30
+
+    def read(self, start: int, stop: int) -> Iterator[bytes | None]:
+        for image in super().read(start, stop):
+            if len(self.reads) > self.most:
+                raise RemoteFileUnreachableError("http://server/0.parquet cannot be reached.")
             yield image
 
 
@@ -223,6 +237,28 @@ def test_a_resume_on_another_revision_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "cut", now).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
 
 
+def test_a_resume_on_as_many_other_images_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "cut", source("map", tmp_path), max_steps=2).train()
+    other = run(tmp_path / "cut", source("map", tmp_path, encoded(IMAGES)[::-1]))
+    with pytest.raises(UsageError, match=r"another first, middle and last image \(then \w{8}, now \w{8}\)"):
+        other.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+
+
+def test_a_run_whose_images_stop_coming_before_its_statistics_are_recalibrated_is_not_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = source("stream", tmp_path / "shards")
+    trainer = run(tmp_path / "run", own, max_steps=2, save_strategy="no", batch_norm="recalibrated")
+    trainer.train()
+    trained = end(trainer)
+    gone = replace(own, shards=[BreakingShard(shard, [], most=0) for shard in own.shards])
+    assert isinstance(trainer.train_dataset, ViewDataset)
+    trainer.train_dataset.source = gone
+    model = finished_model(trainer)
+    assert "the statistics stay as trained, for no images came" in caplog.text
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+
+
 def test_training_stops_when_too_many_images_cannot_be_read(tmp_path: Path) -> None:
     images = [BROKEN if number % 50 == 0 else image for number, image in enumerate(encoded(100))]
     options = {"max_steps": 100, "per_device_train_batch_size": 16, "save_strategy": "no"}
@@ -237,19 +273,6 @@ def test_skipped_images_are_reported_at_the_end_of_each_epoch(tmp_path: Path, ca
     reports = [record.message for record in caplog.records if "could not be read" in record.message]
     assert [report.split(":")[0] for report in reports] == ["Epoch 1", "Epoch 2"]
     assert all("2 of 40 images could not be read and were replaced: 2 not an image (" in report for report in reports)
-
-
-@dataclass
-class BreakingShard(CountedShard):
-    """A shard whose server is out of reach after some rows."""
-
-    most: int = 30
-
-    def read(self, start: int, stop: int) -> Iterator[bytes | None]:
-        for image in super().read(start, stop):
-            if len(self.reads) > self.most:
-                raise RemoteFileUnreachableError("http://server/0.parquet cannot be reached.")
-            yield image
 
 
 def test_a_run_whose_images_stop_coming_is_saved_and_can_go_on(tmp_path: Path) -> None:
