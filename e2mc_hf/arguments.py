@@ -18,7 +18,7 @@ class ModelArguments:
 
     model: str = option(
         "resnet18",
-        "Encoder to start from: a Hub id, a timm name, a folder, or an earlier run (heads kept).",
+        "Encoder to start from: Hub id, timm name, folder, or earlier run (heads kept).",
     )
     model_revision: str | None = option(None, "Branch, tag or commit of the encoder on the Hub.")
     from_scratch: bool = option(False, "Random weights on purpose; without it every weight must come from `model`.")
@@ -46,7 +46,7 @@ class RegularizerArguments:
     regularizer: str | list[str] = option(
         "e2mc",
         "Criterion added to the objective: e2mc, vcreg, uniformity, mmcr, mec, logdet, vne, koleo, sigreg, visreg, "
-        "radial, sliced_entropy, several of them, or none for the control.",
+        "radial, sliced_entropy, several, or none (control).",
     )
     regularizer_args: dict[str, Any] = option(
         {},

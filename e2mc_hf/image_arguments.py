@@ -13,7 +13,7 @@ class DataArguments:
 
     dataset: str = option(
         "digits",
-        "digits, a name in e2mc_hf/DATASETS.md, a Hub id, or a folder of parquet, tars or images.",
+        "digits, a name in e2mc_hf/DATASETS.md, a Hub id, or a folder (parquet, tar, images).",
     )
     dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")
@@ -29,6 +29,7 @@ class DataArguments:
     file_list: str | None = option(None, "Text file with the file names of the only images to use (ImageNet's 1%).")
     streaming: bool = option(False, "Read while training, nothing copied first; parquet, webdataset or images.")
     shuffle_window: int = option(1000, "Images of a stream that are shuffled together.")
+    lanes: int | None = option(None, "Places a stream is read from at once, over all processes; one each by default.")
     max_unreadable_share: float = option(0.01, "Share of unreadable images, of 1,000 or more, that stops the run.")
 
     def __post_init__(self) -> None:
@@ -45,6 +46,13 @@ class DataArguments:
             "must be at least 1",
             self.shuffle_window,
             "1 shuffles little more than a batch.",
+        )
+        require(
+            self.lanes is None or self.lanes >= 1,
+            "lanes",
+            "must be at least 1",
+            self.lanes,
+            "Pass a multiple of the processes; more mix better when the files are sorted.",
         )
         require(
             0 <= self.max_unreadable_share <= 1,
@@ -81,7 +89,14 @@ class DataArguments:
         )
 
     def _check_streaming(self) -> None:
-        """What a stream, read in order and once, cannot do."""
+        """What a stream, read in order and once, cannot do, and what only a stream can."""
+        require(
+            self.streaming or self.lanes is None,
+            "lanes",
+            "has no effect without streaming",
+            self.lanes,
+            "Leave it out.",
+        )
         require(
             not (self.streaming and self.dataset == "digits"),
             "streaming",

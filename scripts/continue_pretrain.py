@@ -98,6 +98,7 @@ def run(options: Options) -> None:
         ViewTransform(views, model.backbone.image_settings),
         seed=training.seed,
         shuffle_window=data.shuffle_window,
+        lanes=data.lanes,
         max_unreadable_share=data.max_unreadable_share,
     )
     for row in dataset.first_rows(1):
@@ -106,7 +107,6 @@ def run(options: Options) -> None:
         if training.should_save:
             print(f"Views: {write_contact_sheet(dataset, views.show_views)}")
         return
-
     momentum = read_momentum(start.model) if training.restore_momentum else None
 
     def replace_run() -> None:

@@ -47,6 +47,7 @@ class ViewDataset(Dataset[Sample]):
         transform: Draws the views.
         seed: Seed of all draws.
         shuffle_window: Images that are shuffled together in each lane of a stream.
+        lanes: Places a stream is read from at once, over all processes; one a process when not given.
         max_unreadable_share: Share of unreadable images above which training stops.
     """
 
@@ -57,12 +58,14 @@ class ViewDataset(Dataset[Sample]):
         *,
         seed: int,
         shuffle_window: int = 1000,
+        lanes: int | None = None,
         max_unreadable_share: float = 0.01,
     ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
         self.shuffle_window = shuffle_window
+        self.lanes = lanes
         self.max_unreadable_share = max_unreadable_share
 
     def __len__(self) -> int:

@@ -56,7 +56,7 @@ def batch_order(
             seed=seed,
             shuffle=shuffle,
             shuffle_window=dataset.shuffle_window,
-            lanes=lanes,
+            lanes=dataset.lanes if lanes is None else lanes,
         )
     return GlobalBatchSampler(len(dataset), batch_size, rank=rank, world_size=world_size, seed=seed, shuffle=shuffle)
 
@@ -103,7 +103,7 @@ class ViewLoader(DataLoader[Sample]):
         pin_memory: Copy batches to pinned memory, for a GPU.
         device: Where the views go.
         worker_timeout: Seconds without a batch after which workers count as frozen.
-        lanes: Places a stream is read from at once, over all processes; one a process when not given.
+        lanes: Places a stream is read from, in place of the dataset's own number: those of the run that is resumed.
 
     Attributes:
         order: Which images are in which batch.

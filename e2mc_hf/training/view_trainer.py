@@ -76,6 +76,7 @@ class ViewTrainer(Trainer):
         lanes = self._resumed_state["order"].get("lanes") if self._resumed_state else None
         loader = self._view_loader(self.train_dataset, self.args.per_device_train_batch_size, lanes=lanes)
         self._train_loader = loader
+        logger.info("%d of %d images fill no batch in an epoch.", loader.order.num_dropped, len(self.train_dataset))
         if self._resumed_state is not None:
             check_same_order(self._resumed_state["order"], self._order())
             self._earlier = UnreadableCount.from_state_dict(self._resumed_state["unreadable_earlier"])

@@ -42,13 +42,17 @@ def source(kind: str, folder: Path, images: list[bytes] | None = None) -> Any:
     return map_source(images) if kind == "map" else stream_source(folder, images, [20, 0, 7, len(images) - 27])
 
 
-def run(folder: Path, own: Any, *, window: int = 10, small_views: int = 0, **options: Any) -> Recording:
+def run(
+    folder: Path, own: Any, *, window: int = 10, lanes: int | None = None, small_views: int = 0, **options: Any
+) -> Recording:
     torch.manual_seed(0)
     backbone = load_backbone("test_resnet", from_scratch=True, image_size=32)
     heads = {"projector_dim": 16, "hidden_dim": 16, "num_prototypes": 12, "queue_length": 16}
     model = SSLModel.from_backbone(backbone, "swav", heads, image_size=32)
     recipe = ViewArguments(image_size=32, num_small_views=small_views, small_image_size=16)
-    dataset = ViewDataset(own, ViewTransform(recipe, backbone.image_settings), seed=0, shuffle_window=window)
+    dataset = ViewDataset(
+        own, ViewTransform(recipe, backbone.image_settings), seed=0, shuffle_window=window, lanes=lanes
+    )
     options = {
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH,
@@ -213,6 +217,17 @@ def test_a_resume_that_would_see_other_batches_is_refused(tmp_path: Path, option
     run(tmp_path / "cut", own, max_steps=2).train()
     with pytest.raises(UsageError, match=message):
         run(tmp_path / "cut", own, **options).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+
+
+def test_a_resume_goes_on_with_the_lanes_of_the_interrupted_run(tmp_path: Path) -> None:
+    own = source("stream", tmp_path / "shards")
+    whole, cut = (run(tmp_path / name, own, lanes=4, max_steps=8) for name in ("whole", "cut"))
+    whole.train()
+    cut.add_callback(StopAt(3))
+    cut.train()
+    resumed = run(tmp_path / "cut", own, max_steps=8)  # lanes left to the checkpoint
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert_same(whole, resumed)
 
 
 def test_a_resume_on_other_images_is_refused(tmp_path: Path) -> None:
