@@ -131,11 +131,12 @@ def assert_same(first: Recording, second: Recording) -> None:
         ("stream", 0, 0, (11,)),
         ("stream", 0, 0, (1, 6, 9)),
         ("stream", 2, 2, (3,)),
-        pytest.param("map", 2, 2, (3,), marks=pytest.mark.slow),
-        pytest.param("map", 4, 2, (1, 6, 9), marks=pytest.mark.slow),
-        pytest.param("stream", 4, 2, (1, 6, 9), marks=pytest.mark.slow),
+        ("map", 2, 2, (3,)),
+        ("map", 4, 2, (1, 6, 9)),
+        ("stream", 4, 2, (1, 6, 9)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 def test_a_run_resumed_at_any_step_sees_and_becomes_the_same(
     tmp_path: Path, kind: str, num_workers: int, small_views: int, cuts: tuple[int, ...]
 ) -> None:
