@@ -67,9 +67,9 @@ def test_a_dataset_without_file_names_is_refused(stored):
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), unique=True, min_size=1), st.data())
 @settings(max_examples=150)
 def test_whatever_is_listed_is_found_once_in_the_order_of_the_dataset(pairs, data):
-    stored = [f"/root/{folder}/{number}.png" for folder, number in pairs]
+    stored = [f"/stored/{folder}/{number}.png" for folder, number in pairs]
     picked = data.draw(st.lists(st.sampled_from(range(len(pairs))), min_size=1))
-    listed = [stored[index].removeprefix("/root/") for index in picked]
+    listed = [stored[index].removeprefix("/stored/") for index in picked]
     assert find_listed(listed, stored, source="x") == sorted(set(picked))
 
 
