@@ -31,7 +31,7 @@ class BatchOrder(Sampler[list[Row]], ABC):
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool
+        self, num_samples: int, batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool = True
     ) -> None:
         self.global_batch_size = batch_size * world_size
         if num_samples < self.global_batch_size:
