@@ -1,6 +1,5 @@
 """Which files a split consists of, how images are packed in them and in which column: all that a stream needs."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,13 +13,12 @@ from e2mc_hf.data.columns import find_image_column
 from e2mc_hf.data.remote_files import open_file
 from e2mc_hf.data.shards import open_shards
 from e2mc_hf.data.stream import StreamSource
+from e2mc_hf.data.tar_cache import COMMIT
 from e2mc_hf.data.tar_shards import first_fields
 from e2mc_hf.errors import UsageError
 from e2mc_hf.image_arguments import BUILDERS, DataArguments
 
 Format = Literal["parquet", "webdataset", "imagefolder"]
-
-COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 @dataclass(frozen=True)

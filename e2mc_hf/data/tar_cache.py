@@ -12,7 +12,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from e2mc_hf.data.tar_shards import TarShard, index_tar
 
 # A file of a named commit never changes; of any other it is not known whether it did.
-_COMMIT = re.compile(r"@[0-9a-f]{40}/")
+COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 def open_tar(file: str, image_column: str) -> TarShard:
@@ -21,7 +21,7 @@ def open_tar(file: str, image_column: str) -> TarShard:
     Raises:
         UsageError: If the file is compressed, broken, or not in the layout of webdataset.
     """
-    if not _COMMIT.search(file):
+    if not COMMIT.search(file):
         return index_tar(file, image_column)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tar_indexes"
     folder.mkdir(parents=True, exist_ok=True)
