@@ -166,8 +166,8 @@ class ViewTrainer(Trainer):
 
     def _count_over_processes(self, loader: ViewLoader) -> UnreadableCount:
         total = UnreadableCount()
-        for state in all_gather_object(loader.unreadable.state_dict()):
-            total.merge(UnreadableCount.from_state_dict(state))
+        for count in all_gather_object(loader.unreadable):
+            total.merge(count)
         return total
 
     def _save_rng_state(self, output_dir: str) -> None:
