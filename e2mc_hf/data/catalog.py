@@ -16,7 +16,7 @@ _INTRODUCTION = """\
 
 Made from the code by `python -m e2mc_hf.data.catalog > e2mc_hf/DATASETS.md`; a test compares. Pass a name of the table
 as `--dataset` (capitals, hyphens and underscores do not matter) and id, configuration, columns and splits are filled
-in; options you give win. The Hub id itself is filled in the same way. In Python:
+in; options you give win. A Hub id of the table, written in full, is filled in the same way. In Python:
 
     from e2mc_hf.arguments import DataArguments
     from e2mc_hf.data.sources import load_images
