@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -17,6 +16,8 @@ from e2mc_hf.errors import UsageError
 
 # Seconds to wait for a killed process to be gone.
 _PATIENCE = 5.0
+# Seconds between the break of a connection and the end of the process behind it, at most.
+_MOMENT = 0.4
 
 
 class LostWorkersError(RuntimeError):
@@ -89,12 +90,8 @@ def workers_errors_as_here() -> Iterator[None]:
 
 
 def _has_dead(workers: Sequence[BaseProcess]) -> bool:
-    """Whether one is dead: a connection to it breaks a moment before its end is known."""
-    for _ in range(20 * bool(workers)):
-        if any(not worker.is_alive() for worker in workers):
-            return True
-        time.sleep(0.02)
-    return False
+    """Whether one is dead, or is in a moment: a connection to it breaks before its end is known."""
+    return bool(workers) and bool(wait([worker.sentinel for worker in workers], _MOMENT))
 
 
 def _end_with_the_training(worker: int) -> None:
