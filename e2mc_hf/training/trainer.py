@@ -96,19 +96,25 @@ class E2MCTrainer(ViewTrainer):
         """Loss of the objective plus the regularizer on the embeddings of all processes."""
         progress = self._announce_progress(model)
         outputs = model(**inputs)
-        loss, terms = outputs["loss"], dict(outputs.get("terms") or {})
+        loss = self._total_loss(outputs, progress, training=model.training)
+        return (loss, outputs) if return_outputs else loss
+
+    def _total_loss(self, outputs: Mapping[str, Any], progress: Progress, *, training: bool) -> Tensor:
+        """Loss of the objective plus the regularizer's share; the terms are counted for the log."""
+        loss: Tensor = outputs["loss"]
+        terms = dict(outputs.get("terms") or {})
         if self.regularizer is not None:
             regularization = self.regularizer(all_gather(outputs["embeddings"], dim=1))
             repeated = terms.keys() & regularization.terms.keys()
             assert not repeated, f"objective and regularizer both log {repeated}"
             terms |= {"objective_loss": loss, **regularization.terms}
-            share = progress.linear(0.0, 1.0, self.args.regularizer_warmup_epochs) if model.training else 1.0
+            share = progress.linear(0.0, 1.0, self.args.regularizer_warmup_epochs) if training else 1.0
             loss = loss + (regularization.loss if share == 1 else share * regularization.loss)
-        self._terms["train" if model.training else "eval"].add(terms)
+        self._terms["train" if training else "eval"].add(terms)
         if not math.isfinite(loss.item()):
             values = {name: term.item() for name, term in terms.items()}
             raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}; terms: {values}")
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def _announce_progress(self, model: nn.Module) -> Progress:
         """Tell model and regularizer, when training, how far the run has come."""
