@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from e2mc_hf.errors import UsageError
+from e2mc_hf.errors import CollapseError, NonFiniteError, UsageError
 from e2mc_hf.options import suggestion
 
 Options = dict[str, Any]
@@ -41,12 +41,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with exit code 2 and one line on a `UsageError`; any other exception is a bug and stays whole."""
+    """End the process with one line and exit code 2 on a `UsageError`, 1 on a training that went wrong.
+
+    Any other exception is a bug and stays whole.
+    """
     try:
         yield
-    except UsageError as error:
+    except (UsageError, NonFiniteError, CollapseError) as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def build_parser(description: str, groups: Groups, epilog: str | None = None) -> OneLineParser:

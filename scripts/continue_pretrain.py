@@ -8,7 +8,6 @@ see e2mc_hf/recipes); flags override it.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,8 +60,10 @@ def run(options: Options) -> None:
     from e2mc_hf.objectives.registry import check_views, objective_kind
     from e2mc_hf.training.arguments import E2MCTrainingArguments
     from e2mc_hf.training.continuation import continue_pretraining
+    from e2mc_hf.training.earlier_run import remove_earlier_run
     from e2mc_hf.training.launch import check_world
     from e2mc_hf.training.momentum import read_momentum
+    from e2mc_hf.training.stopping import undisturbed_exit
 
     disable_progress_bar()  # those of loading and saving; the training keeps its own
     refuse_unknown(options, [*GROUPS.values(), E2MCTrainingArguments])
@@ -72,7 +73,7 @@ def run(options: Options) -> None:
     start, objective = take(options, ModelArguments), take(options, ObjectiveArguments)
     data, views = take(options, DataArguments), take(options, ViewArguments)
     training = take(options, E2MCTrainingArguments)
-    check_world(training.world_size)
+    check_world(training.world_size, on_cpu=training.device.type == "cpu")
     evaluation = str(training.eval_strategy.value)
     require(evaluation == "no", "eval_strategy", "must be no", evaluation, "Evaluate the encoder with evaluate.py.")
     require(not training.eval_on_start, "eval_on_start", "must be off", True, "Evaluate the encoder with evaluate.py.")
@@ -111,31 +112,30 @@ def run(options: Options) -> None:
 
     def replace_run() -> None:
         if training.overwrite and training.should_save:
-            remove_run(output_dir)
+            remove_earlier_run(output_dir)
 
     new_heads = not has_heads(start.model, from_scratch=start.from_scratch) and not start.from_scratch
-    trained, trainer = continue_pretraining(
-        model, training, dataset, new_heads=new_heads, momentum=momentum, before_training=replace_run
-    )
+    with undisturbed_exit():
+        trained, trainer = continue_pretraining(
+            model, training, dataset, new_heads=new_heads, momentum=momentum, before_training=replace_run
+        )
     if trainer.is_world_process_zero():
         finish(trained, trainer.state.log_history, output_dir, given)
     trainer.accelerator.end_training()
-
-
-def remove_run(output_dir: Path) -> None:
-    """Remove an earlier run, so that its encoder is never taken for this one's."""
-    for name in ("encoder", "config.json", "model.safetensors", "log.json", "recipe.yaml"):
-        path = output_dir / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    trainer.refuse_failed_save()
 
 
 def finish(model: "SSLModel", log: list[dict[str, float]], output_dir: Path, given: Options) -> None:
     """Write model, encoder, log and recipe."""
     from e2mc_hf.publishing.encoder import export_encoder
+    from e2mc_hf.training.saved_arguments import without_secrets
 
     model.save_pretrained(output_dir)
     (output_dir / "log.json").write_text(json.dumps(log, indent=1))
-    (output_dir / "recipe.yaml").write_text(recipe_text(given))
+    shown = without_secrets(given)
+    (output_dir / "recipe.yaml").write_text(recipe_text(shown))
+    if shown != given:
+        print("recipe.yaml leaves out what must not be shown: tokens; user, password, query and fragment of a URL.")
     difference = export_encoder(model.backbone, output_dir / "encoder")
     print(f"Encoder: {output_dir / 'encoder'}; reloaded, its features differ by at most {difference:.1e}.")
 

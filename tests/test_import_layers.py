@@ -16,6 +16,7 @@ FOUNDATION = {
     "distributed",
     "progress",
     "recipe_files",
+    "launch_files",
     "modes",
 }
 LEVELS = dict.fromkeys(FOUNDATION, 0) | {
@@ -39,6 +40,7 @@ INSTANT = {
     "options",
     "command_line",
     "recipe_files",
+    "launch_files",
     "progress",
 }
 SLOW = {"torch", "transformers", "yaml", "timm", "datasets", "numpy"}

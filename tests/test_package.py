@@ -96,4 +96,5 @@ def test_a_wheel_holds_the_template_the_metrics_and_the_recipes(tmp_path):
     assert "e2mc_hf/metrics/top1_accuracy/top1_accuracy.py" in names
     assert "e2mc_hf/py.typed" in names
     assert {"e2mc_hf/METHODS.md", "e2mc_hf/recipes/README.md", "e2mc_hf/recipes/swav-800-e2mc.yaml"} <= names
+    assert "e2mc_hf/launch/ddp.yaml" in names
     assert not any(name.startswith(("scripts/", "tests/", "benchmarks/")) for name in names)

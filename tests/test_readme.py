@@ -28,7 +28,7 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's relative paths exist, after the demo with one step a training."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("scripts", "model_cards", "benchmarks"):
+    for name in ("scripts", "model_cards", "benchmarks", "e2mc_hf"):
         (folder / name).symlink_to(ROOT / name)
     result = run(
         ["python", "scripts/demo.py", "--output_dir", "demo", "--max_steps", "1", "--logging_steps", "1"], folder
@@ -100,6 +100,14 @@ def test_table_of_the_input_pipeline_is_what_its_benchmark_printed() -> None:
     assert [row[1] for row in rows] == ["authors", "lightly", "worker", "whole", "authors", "worker", "whole"]
     for row in rows:
         assert f"| {' | '.join(row)} |" in README
+
+
+@pytest.mark.parametrize("name", ["distributed_criterion", "gradient_cache", "training_step", "soak"])
+def test_page_of_benchmarks_shows_what_they_printed(name: str) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    printed = (ROOT / "benchmarks" / f"{name}.txt").read_text(encoding="utf-8").strip()
+    assert len(printed.splitlines()) >= 3
+    assert f"```text\n{printed}\n```" in page
 
 
 def test_images_and_links_into_the_repository_exist() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -68,21 +69,23 @@ class _Rest(Sampler[list[Row]]):
         self.order = order
         self.watch = watch
         self.start = 0
+        self.sample_ids: dict[int, list[int]] = {}  # of the batches under way, by their number in the epoch
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[Row]]:
         self.order.skip(self.start)
-        return self._rows(iter(self.order))
+        return self._rows(iter(self.order), self.start)
 
-    def _rows(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    def _rows(self, batches: Iterator[list[Row]], start: int) -> Iterator[list[Row]]:
         """Rows of each batch, reading which is not the workers' time."""
-        while True:
+        for number in count(start):
             with self.watch.paused():
                 rows = next(batches, None)
             if rows is None:
                 return
+            self.sample_ids[number] = [row.sample_id for row in rows]
             yield rows
 
 
@@ -108,6 +111,7 @@ class ViewLoader(DataLoader[Sample]):
     Attributes:
         order: Which images are in which batch.
         unreadable: Images of the delivered batches that could not be read; the trainer resets it.
+        sample_ids: Images of the batch delivered last; in the place of one that could not be read stands another.
     """
 
     dataset: ViewDataset
@@ -131,6 +135,7 @@ class ViewLoader(DataLoader[Sample]):
             dataset, batch_size, rank=rank, world_size=world_size, seed=seed, shuffle=shuffle, lanes=lanes
         )
         self.unreadable = UnreadableCount()
+        self.sample_ids: list[int] = []
         self._device = torch.device(device)
         self._watch = WorkerWatch(worker_timeout)
         self._rest = _Rest(self.order, self._watch)
@@ -176,6 +181,7 @@ class ViewLoader(DataLoader[Sample]):
                     with lost_workers_noticed(self._iterator, self._watch):
                         batches = super().__iter__()
                     while (batch := next_batch(batches, self._watch)) is not None:
+                        self.sample_ids = self._rest.sample_ids.pop(done)
                         done += 1
                         yield batch
                 return

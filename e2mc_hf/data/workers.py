@@ -1,7 +1,9 @@
 """Worker processes that decode images: how they start, how they are lost, and how a user's error comes out of one."""
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -18,6 +20,8 @@ from e2mc_hf.errors import UsageError
 _PATIENCE = 5.0
 # Seconds between the break of a connection and the end of the process behind it, at most.
 _MOMENT = 0.4
+# Seconds that a worker goes on after a SIGTERM: what the training needs for its last steps, and launchers give it.
+_LAST_SECONDS = 30.0
 
 
 class LostWorkersError(RuntimeError):
@@ -36,7 +40,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "persistent_workers": True,
         "multiprocessing_context": _worker_context(),
-        "worker_init_fn": _end_with_the_training,
+        "worker_init_fn": _begin,
     }
 
 
@@ -94,7 +98,34 @@ def _has_dead(workers: Sequence[BaseProcess]) -> bool:
     return bool(workers) and bool(wait([worker.sentinel for worker in workers], _MOMENT))
 
 
-def _end_with_the_training(worker: int) -> None:
+def _begin(worker: int) -> None:
+    _leave_signals_to_the_training()
+    _end_with_the_training()
+
+
+def _leave_signals_to_the_training() -> None:
+    """Have a worker outlive the signals that ask a training to end.
+
+    Ctrl-C, torchrun and SLURM send them to workers too, but the training ends after its step, which needs a batch. A
+    SIGTERM to a worker alone makes it a lost one, later; one from the training ends it at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_after_sigterm, name="end-after-sigterm", daemon=True).start()
+
+
+def _end_after_sigterm() -> None:
+    """Wait for the signal on a thread: a handler would not run while the worker is stuck in a library."""
+    training = parent_process()
+    received: signal.struct_siginfo | None = signal.sigwaitinfo({signal.SIGTERM})
+    end = time.monotonic() + _LAST_SECONDS
+    while received is not None and (training is None or received.si_pid != training.pid):
+        received = signal.sigtimedwait({signal.SIGTERM}, max(0.0, end - time.monotonic()))
+    os._exit(128 + signal.SIGTERM)
+
+
+def _end_with_the_training() -> None:
     """Have a worker end when the training process does, however that ends.
 
     torch (2.15) has a worker compare its parent, which is the fork server here, and that lives as long as its workers.

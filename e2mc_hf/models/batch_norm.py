@@ -9,28 +9,30 @@ from e2mc_hf.distributed import all_reduce_sum, world_size
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
 
 
-def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batch_norm(model: nn.Module, device: torch.device, *, is_compiled: bool = False) -> nn.Module:
     """Make every batch normalization of a model count the samples of all processes; parameters and names stay.
 
     On CUDA that is torch's SyncBatchNorm through timm's converter (torch's own drops timm's fused activations). On
-    other devices SyncBatchNorm does not run, and `GlobalBatchNorm` takes its place. Layers that are synchronized
-    already stay as they are: timm's converter would take their activations from them.
+    other devices SyncBatchNorm does not run, and `GlobalBatchNorm` takes its place; likewise in what is compiled, where
+    each SyncBatchNorm would cut the graph in two (https://github.com/pytorch/pytorch/issues/161302, open in torch 2.15)
+    and `GlobalBatchNorm` is a part of it. Layers that are synchronized already stay as they are: timm's converter would
+    take their activations from them.
 
     Args:
         model: Model to convert in place.
         device: Device it will train on.
+        is_compiled: Whether `model` will be compiled.
 
     Returns:
         The converted model; `model` as it is on one process.
     """
     if world_size() == 1:
         return model
+    is_torchs = device.type == "cuda" and not is_compiled
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm) and not isinstance(child, (GlobalBatchNorm, nn.SyncBatchNorm)):
-                setattr(
-                    module, name, convert_sync_batchnorm(child) if device.type == "cuda" else GlobalBatchNorm(child)
-                )
+                setattr(module, name, convert_sync_batchnorm(child) if is_torchs else GlobalBatchNorm(child))
     return model
 
 

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 POLICIES = ("train", "frozen", "synchronized", "recalibrated")
 
 
-def apply_norm_policy(model: nn.Module, backbone: nn.Module, policy: str, device: torch.device) -> nn.Module:
+def apply_norm_policy(
+    model: nn.Module, backbone: nn.Module, policy: str, device: torch.device, *, is_compiled: bool = False
+) -> nn.Module:
     """Prepare a model's batch normalization for training; applying the same policy twice changes nothing more.
 
     - `train`: each process normalizes by its own share of the batch.
@@ -33,6 +35,7 @@ def apply_norm_policy(model: nn.Module, backbone: nn.Module, policy: str, device
         backbone: Its backbone, or an `nn.ModuleList` of the backbone and its teacher.
         policy: One of the four.
         device: Device it will train on.
+        is_compiled: Whether the backbone will be compiled.
 
     Returns:
         The model.
@@ -47,7 +50,10 @@ def apply_norm_policy(model: nn.Module, backbone: nn.Module, policy: str, device
         logger.warning("`batch_norm` %s has no effect: the encoder has no batch normalization.", policy)
     if policy == "frozen":
         freeze_statistics(backbone)
-    return model if policy == "train" else synchronize_batch_norm(model, device)
+    if policy == "train":
+        return model
+    synchronize_batch_norm(backbone, device, is_compiled=is_compiled)
+    return synchronize_batch_norm(model, device)
 
 
 class FrozenBatchNorm(nn.Module):

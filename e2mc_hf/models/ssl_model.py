@@ -156,7 +156,18 @@ class SSLModel(PreTrainedModel):
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_features = self._encode(self.teacher, views[: self.objective.num_large_views])
-        return SSLOutput(*self.objective(self.encode(views), teacher_features))
+        return self.score(self.encode(views), teacher_features)
+
+    def score(
+        self, features: Sequence[Float[Tensor, "B F"]], teacher_features: Sequence[Float[Tensor, "B F"]] | None
+    ) -> SSLOutput:
+        """Pass the features of a batch through heads and objective; this moves the objective's state.
+
+        Args:
+            features: Those of each view on this process.
+            teacher_features: Those of the teacher for the large views; None without one.
+        """
+        return SSLOutput(*self.objective(features, teacher_features))
 
     def train(self, mode: bool = True) -> "SSLModel":
         """Set the mode; a teacher follows with its batch statistics alone."""

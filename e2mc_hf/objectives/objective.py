@@ -24,6 +24,7 @@ class Objective(nn.Module):
         has_teacher: Whether the model keeps an exponential moving average of the backbone for `teacher_features`.
         joint_batch_statistics: Whether views of one size pass the backbone as one batch, as in the authors' code;
             otherwise batch normalization sees one view at a time.
+        scale_matters: Whether the loss sees the scale of embeddings; otherwise they are L2-normalized or standardized.
         num_large_views: Views that come first, at full size; a teacher sees only these.
         teacher_buffers: What becomes of the teacher's buffers, see `update_teacher`.
         progress: How far the run has come.
@@ -34,6 +35,7 @@ class Objective(nn.Module):
     default_small_views: ClassVar[int] = 0
     has_teacher: ClassVar[bool] = False
     joint_batch_statistics: ClassVar[bool] = False
+    scale_matters: ClassVar[bool] = False
     num_large_views: ClassVar[int] = 2
     teacher_buffers: TeacherBuffers = "own"
     momentum: float  # of a method with a teacher

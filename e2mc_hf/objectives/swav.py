@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from e2mc_hf.distributed import all_gather, rank, world_size
@@ -120,6 +121,8 @@ class SwAV(Objective):
 
     def before_optimizer_step(self) -> None:
         """Drop the gradient of the prototypes while they are frozen: no optimizer then moves or decays them."""
+        if isinstance(self.prototypes.weight, DTensor):  # FSDP steps on shards, which the forward pass did not reach
+            renormalize(self.prototypes)
         if self.progress.epoch < self.freeze_prototypes_epochs:
             self.prototypes.weight.grad = None
 

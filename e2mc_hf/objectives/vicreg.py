@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2mc_hf.distributed import all_gather
 from e2mc_hf.objectives.heads import projector
 from e2mc_hf.objectives.objective import Objective
 from e2mc_hf.objectives.output import ObjectiveOutput
-from e2mc_hf.regularizers.covariance import off_diagonal_covariance
+from e2mc_hf.regularizers.global_batch import global_batch
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
 
 
@@ -47,6 +46,7 @@ class VICReg(Objective):
         "Bardes, Ponce, LeCun, VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, "
         "ICLR 2022, https://arxiv.org/abs/2105.04906"
     )
+    scale_matters = True
 
     def __init__(
         self,
@@ -92,10 +92,10 @@ class VICReg(Objective):
         """Score embeddings of this process; the loss runs in float32 under autocast, float64 stays float64."""
         z = full_precision(embeddings)
         with autocast_off(z):
-            everyone = all_gather(z, dim=1)
+            batch = global_batch(z)
             invariance = F.mse_loss(z[0], z[1])
-            variance = torch.stack([self._hinge(view) for view in everyone]).mean()
-            covariance = torch.stack([off_diagonal_covariance(view) for view in everyone]).sum()
+            variance = batch.means_over_dims([self._hinges(view) for view in batch.views]).mean()
+            covariance = batch.covariances(batch.covariance_views).sum()
             loss = (
                 self.invariance_weight * invariance
                 + self.variance_weight * variance
@@ -104,6 +104,6 @@ class VICReg(Objective):
         terms = {"invariance": invariance, "variance": variance, "covariance": covariance}
         return ObjectiveOutput(loss, embeddings, {name: term.detach() for name, term in terms.items()})
 
-    def _hinge(self, view: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    def _hinges(self, view: Float[Tensor, "N d"]) -> Float[Tensor, " d"]:
         std = (view.var(dim=0) + self.eps).sqrt()
-        return F.relu(1 - std).mean()
+        return F.relu(1 - std)

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from e2mc_hf.distributed import world_size
 from e2mc_hf.progress import Progress
+from e2mc_hf.regularizers.global_batch import SharedBatch
 from e2mc_hf.regularizers.output import RegularizerOutput
 from e2mc_hf.regularizers.regularizer import Regularizer
 
@@ -39,9 +41,20 @@ class CombinedRegularizer(nn.Module):
 
     def forward(self, embeddings: Float[Tensor, "V N D"]) -> RegularizerOutput:
         """Sum the losses, and collect the terms, of all parts on the embeddings of the whole batch."""
-        outputs = [part(embeddings) for part in self._in_order]
-        terms: dict[str, Tensor] = {}
-        for output in outputs:
-            assert not terms.keys() & output.terms.keys(), "two regularizers log one term"
-            terms |= output.terms
-        return RegularizerOutput(torch.stack([output.loss for output in outputs]).sum(), terms)
+        return _sum([part(embeddings) for part in self._in_order])
+
+    def forward_local(self, embeddings: Float[Tensor, "V B D"]) -> RegularizerOutput:
+        """Do the same from the embeddings of each process, which are exchanged and gathered once for all parts."""
+        if world_size() == 1:
+            return self.forward(embeddings)
+        batch = SharedBatch(embeddings)
+        self.check_batch(batch.num_samples)
+        return _sum([part.forward_shared(batch) for part in self._in_order])
+
+
+def _sum(outputs: list[RegularizerOutput]) -> RegularizerOutput:
+    terms: dict[str, Tensor] = {}
+    for output in outputs:
+        assert not terms.keys() & output.terms.keys(), "two regularizers log one term"
+        terms |= output.terms
+    return RegularizerOutput(torch.stack([output.loss for output in outputs]).sum(), terms)

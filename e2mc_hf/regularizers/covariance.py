@@ -43,11 +43,19 @@ def off_diagonal_covariance(x: Float[Tensor, "N D"], *, form: Form = "auto", deb
         raise ValueError(f"`x` must hold at least 2 samples, got {num_samples}. Pass a larger batch.")
     if form not in ("auto", "feature", "gram"):
         raise ValueError(f"`form` must be auto, feature or gram, got {form!r}. Leave it out for the cheaper one.")
-    gram = form == "gram" or (form == "auto" and num_samples < num_dims)
+    gram = form == "gram" or (form == "auto" and gram_is_cheaper(num_samples, num_dims))
     x = full_precision(x)
     with autocast_off(x):
         value: Tensor = _OffDiagonalCovariance.apply(x, gram, debias)
         return value
+
+
+def gram_is_cheaper(num_samples: int, num_dims: int) -> bool:
+    """Whether the Gram form takes less time than the feature form, on one process as on many: when N < D.
+
+    W processes share the operations of either, 2 N^2 D / W and 2 N D^2 / W, and sum a product of N^2 or D^2 entries.
+    """
+    return num_samples < num_dims
 
 
 class _OffDiagonalCovariance(torch.autograd.Function):
@@ -60,12 +68,12 @@ class _OffDiagonalCovariance(torch.autograd.Function):
         variance = centered.square().sum(dim=0).div_(num_samples - 1)
         if gram:
             product = _product_with_own_transpose(centered).div_(num_samples - 1)
-            total = _sum_of_squares(product) - _sum_of_squares(variance)
+            total = sum_of_squares(product) - sum_of_squares(variance)
         else:
             product = _product_with_own_transpose(centered.t()).div_(num_samples - 1).fill_diagonal_(0)
-            total = _sum_of_squares(product)
+            total = sum_of_squares(product)
         if debias:
-            chance = variance.double().sum().square() - _sum_of_squares(variance)
+            chance = variance.double().sum().square() - sum_of_squares(variance)
             total = total - chance / (num_samples - 1)
         ctx.save_for_backward(x, product, variance)
         ctx.gram, ctx.debias = gram, debias
@@ -96,7 +104,7 @@ def _product_with_own_transpose(a: Float[Tensor, "n k"], block: int = 512) -> Fl
     return product
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
+def sum_of_squares(x: Tensor) -> Tensor:
     """Sum of squares in float64: the Gram form subtracts two of them."""
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return norm.square()

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from e2mc_hf.regularizers.covariance import off_diagonal_covariance
 from e2mc_hf.regularizers.directions import check_seed, step_generator
 from e2mc_hf.regularizers.entropy import (
     Estimator,
@@ -27,13 +26,15 @@ from e2mc_hf.regularizers.entropy import (
     marginal_entropy,
     sort_coordinates,
 )
-from e2mc_hf.regularizers.regularizer import Regularizer, check_weight
-from e2mc_hf.regularizers.unit_cube import Transform, check_temperature, match_scale, unit_cube_map
+from e2mc_hf.regularizers.global_batch import SharedBatch, WholeBatch
+from e2mc_hf.regularizers.regularizer import check_weight
+from e2mc_hf.regularizers.shared_regularizer import SharedRegularizer
+from e2mc_hf.regularizers.unit_cube import Transform, UnitCubeMap, check_temperature, match_scale, unit_cube_map
 
 WindowMode = Literal["fixed", "multi_scale", "random"]
 
 
-class E2MCRegularizer(Regularizer):
+class E2MCRegularizer(SharedRegularizer):
     """Effective entropy maximization of embeddings: marginal entropies up, off-diagonal covariances down.
 
     The terms are `marginal_entropy` (nats) and `off_diagonal_covariance`. A term of weight 0 is computed for the log
@@ -140,22 +141,28 @@ class E2MCRegularizer(Regularizer):
         super().check_batch(num_samples)
         check_window(self.window, num_samples)
 
-    def terms(self, z: Float[Tensor, "V N D"]) -> dict[str, Tensor]:
+    def batch_terms(self, batch: WholeBatch | SharedBatch) -> dict[str, Tensor]:
         """Entropy of each coordinate's image, averaged, and covariance of the images, summed over views."""
-        scaled = [match_scale(view, standardize=self.standardize, temperature=self.temperature) for view in z]
+        scaled = [self._match_scale(view) for view in batch.views]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights["marginal_entropy"] != 0):
-            entropy = self._entropy(scaled)
+            entropy = self._entropy(batch, scaled)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights["off_diagonal_covariance"] != 0):
-            covariance = torch.stack([self._covariance(view) for view in scaled]).sum()
+            if batch.samples_are_shared:
+                scaled = [self._match_scale(view, shared=True) for view in batch.covariance_views]
+            images = [unit_cube_map(self.transform).cdf(view) for view in scaled]
+            covariance = batch.covariances(images, debias=self.debias_covariance).sum()
         return {"marginal_entropy": entropy, "off_diagonal_covariance": covariance}
 
-    def _entropy(self, views: list[Float[Tensor, "N D"]]) -> Float[Tensor, ""]:
+    def _match_scale(self, view: Float[Tensor, "n k"], *, shared: bool = False) -> Float[Tensor, "n k"]:
+        return match_scale(view, standardize=self.standardize, temperature=self.temperature, shared=shared)
+
+    def _entropy(self, batch: WholeBatch | SharedBatch, views: list[Float[Tensor, "N d"]]) -> Float[Tensor, ""]:
         transform: Transform | None = self.transform
-        window = self._windows(views[0].shape[0]) if self.estimator == "m_spacings" else None
+        window = self._windows(batch.num_samples) if self.estimator == "m_spacings" else None
         if self.dither > 0:
             generator = step_generator(self.seed, self.step)
             cube = unit_cube_map(self.transform)
-            views, transform = [_dithered(cube.cdf(view), self.dither, generator) for view in views], None
+            views, transform = [_dithered(view, cube, self.dither, generator, batch) for view in views], None
         entropies = [
             marginal_entropy(
                 view,
@@ -164,10 +171,10 @@ class E2MCRegularizer(Regularizer):
                 window=window,
                 eps=self.eps,
                 bias_correction=self.bias_correction,
-            ).mean()
+            )
             for view in views
         ]
-        return torch.stack(entropies).mean()
+        return batch.means_over_dims(entropies).mean()
 
     def _windows(self, num_samples: int) -> int | tuple[int, ...]:
         """Window or windows of this step."""
@@ -180,16 +187,23 @@ class E2MCRegularizer(Regularizer):
             return int(np.random.default_rng((self.seed, self.step)).integers((window + 1) // 2, window + 1))
         return window
 
-    def _covariance(self, view: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-        return off_diagonal_covariance(unit_cube_map(self.transform).cdf(view), debias=self.debias_covariance)
 
+def _dithered(
+    view: Float[Tensor, "N d"],
+    cube: UnitCubeMap,
+    dither: float,
+    generator: torch.Generator,
+    batch: WholeBatch | SharedBatch,
+) -> Float[Tensor, "N d"]:
+    """Images plus noise of standard deviation dither / N, drawn by rank: the order of the samples does not matter.
 
-def _dithered(u: Float[Tensor, "N D"], dither: float, generator: torch.Generator) -> Float[Tensor, "N D"]:
-    """Add noise of standard deviation dither / N, drawn by rank, so that the order of the samples does not matter."""
-    order = sort_coordinates(u.detach())[1]
-    drawn = torch.randn(order.shape, generator=generator, device="cpu", dtype=torch.float32).to(u)
+    Every process draws that of all dimensions, so that it does not depend on how many processes there are.
+    """
+    order = sort_coordinates(view.detach())[1]
+    shape = batch.num_dims, batch.num_samples
+    drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)[batch.own_dims].to(view)
     noise = torch.empty_like(drawn).scatter_(1, order, drawn).t()
-    return u + noise * (dither / u.shape[0])
+    return cube.cdf(view) + noise * (dither / batch.num_samples)
 
 
 def _check_windows(

@@ -24,6 +24,9 @@ Estimator = Literal["m_spacings", "kde"]
 # Entries of one block of coordinates: small enough to stay in a CPU's cache, large enough to keep a GPU busy.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
 
+# Images of values beyond are 0 or 1 in float64 too.
+_SATURATED = 1000.0
+
 
 def marginal_entropy(
     x: Float[Tensor, "N D"],
@@ -180,7 +183,8 @@ class _MSpacingEntropy(torch.autograd.Function):
             image = ordered if cube is None else _distance_to_nearer_end(ordered, cube)
             by_rank = torch.zeros_like(ordered) if gradient is not None else None
             for window in windows:
-                spacings = _spacings(image, window, cube is not None).mul_((num_samples + 1) / window).add_(eps)
+                spacings = _spacings(image, ordered, window, cube is not None)
+                spacings.mul_((num_samples + 1) / window).add_(eps)
                 entropy[block] += spacings.log().mean(dim=1) / len(windows)
                 if by_rank is not None:
                     # d log(s_i) / dx pulls the upper end of spacing i up and its lower end down, both by 1/s_i.
@@ -210,13 +214,21 @@ def _distance_to_nearer_end(ordered: Float[Tensor, "d N"], cube: UnitCubeMap) ->
     return torch.copysign(cube.cdf(-ordered.abs()), -ordered)
 
 
-def _spacings(ordered: Float[Tensor, "d N"], window: int, in_unit_interval: bool) -> Float[Tensor, "d S"]:
-    """Distances x_(i+m) - x_(i) of sorted values, or of images held as their distance to the nearer end."""
-    spacings = ordered[:, window:] - ordered[:, :-window]
+def _spacings(
+    image: Float[Tensor, "d N"], ordered: Float[Tensor, "d N"], window: int, in_unit_interval: bool
+) -> Float[Tensor, "d S"]:
+    """Distances of the images of x_(i) and x_(i+m), the values themselves or held as distance to the nearer end."""
+    spacings = image[:, window:] - image[:, :-window]
     if not in_unit_interval:
         return spacings
     # A spacing across the middle gets back the 1 that was taken from its upper end.
-    return spacings.add_(torch.signbit(ordered[:, window:]) & ~torch.signbit(ordered[:, :-window]))
+    upper = torch.ge(ordered, 0, out=torch.empty_like(ordered))
+    spacings += upper[:, window:] - upper[:, :-window]
+    # Images of ties may differ in the last bit, and the logarithm with it: torch computes the last entries of a tensor
+    # one by one, the others in vectors. No spacing but theirs exceeds that of the values: densities are below 1.
+    finite = ordered.clamp(-_SATURATED, _SATURATED)
+    torch.minimum(spacings, finite[:, window:] - finite[:, :-window], out=spacings)
+    return spacings.clamp_min_(0)
 
 
 def _coordinate_blocks(x: Float[Tensor, "N D"]) -> Iterator[slice]:

@@ -1,13 +1,15 @@
 """What every regularizer is: a weighted sum of named terms of the embeddings of the whole batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from e2mc_hf.distributed import world_size
 from e2mc_hf.progress import Progress
+from e2mc_hf.regularizers.global_batch import SharedBatch
 from e2mc_hf.regularizers.output import RegularizerOutput
 from e2mc_hf.regularizers.precision import autocast_off, full_precision
 
@@ -82,9 +84,41 @@ class Regularizer(nn.Module):
         """
         self.check_batch(embeddings.shape[1])
         z = full_precision(embeddings)
+        return self._weighted(lambda: self.terms(z), z)
+
+    def forward_local(self, embeddings: Float[Tensor, "V B D"]) -> RegularizerOutput:
+        """Regularize the embeddings of the whole batch, of which every process passes its own samples.
+
+        Args:
+            embeddings: Projector outputs of this process before any normalization; B is the same on every process.
+
+        Returns:
+            Loss and the unweighted terms, those of `forward` and the same on every process. Gradients are summed over
+            the processes: the mean of DistributedDataParallel makes them those of one process on the whole batch.
+
+        Raises:
+            ValueError: If N is too small.
+        """
+        if world_size() > 1:
+            return self.forward_shared(SharedBatch(embeddings))
+        output: RegularizerOutput = self(embeddings)
+        return output
+
+    def forward_shared(self, batch: SharedBatch) -> RegularizerOutput:
+        """Do what `forward_local` does with a batch that several regularizers may have in common.
+
+        The embeddings of all processes are gathered here, and every process computes everything; the regularizers that
+        can do with a share are `SharedRegularizer`.
+        """
+        self.check_batch(batch.num_samples)
+        output: RegularizerOutput = self(batch.everyone)
+        return output
+
+    def _weighted(self, terms_of_batch: Callable[[], dict[str, Tensor]], z: Tensor) -> RegularizerOutput:
+        """Compute the terms in the precision of `z` and add them up."""
         takes_part = torch.is_grad_enabled() and any(self.weights.values())
         with autocast_off(z), torch.set_grad_enabled(takes_part):
-            terms = self.terms(z)
+            terms = terms_of_batch()
             loss = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
         return RegularizerOutput(loss, {name: term.detach() for name, term in terms.items()})
 

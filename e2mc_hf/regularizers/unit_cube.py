@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from e2mc_hf.distributed import all_reduce_sum, world_size
+
 Transform = Literal["sigmoid", "normal_cdf"]
 
 # Below this standard deviation a coordinate is scaled by a constant: VICReg's floor, sqrt(1e-4).
@@ -53,7 +55,7 @@ def unit_cube_map(transform: str) -> UnitCubeMap:
 
 
 def match_scale(
-    z: Float[Tensor, "N D"], *, standardize: bool = False, temperature: float = 1.0
+    z: Float[Tensor, "N D"], *, standardize: bool = False, temperature: float = 1.0, shared: bool = False
 ) -> Float[Tensor, "N D"]:
     """Bring coordinates to the scale of the map that follows.
 
@@ -66,14 +68,22 @@ def match_scale(
             that a criterion of the result is blind to the scale. With a constant divisor it would not be: whatever the
             scale, the sigmoid asks for more of it. Below a standard deviation of 0.01 the divisor is 0.01.
         temperature: Divisor after that.
+        shared: `z` holds the samples of this process only; mean and standard deviation are those of all.
 
     Returns:
         `z` itself when there is nothing to do.
     """
     if standardize:
-        variance, mean = torch.var_mean(z, dim=0)
+        variance, mean = _var_mean_of_all(z) if shared else torch.var_mean(z, dim=0)
         z = (z - mean) / variance.clamp_min(_MIN_STD**2).sqrt()
     return z if temperature == 1 else z / temperature
+
+
+def _var_mean_of_all(z: Float[Tensor, "B D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Variance and mean over the samples of all processes; two passes, as the difference of sums would cancel."""
+    num_samples = z.shape[0] * world_size()
+    mean = all_reduce_sum(z.sum(dim=0)) / num_samples
+    return all_reduce_sum((z - mean).square().sum(dim=0)) / (num_samples - 1), mean
 
 
 def check_temperature(temperature: float) -> None:

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2mc_hf.regularizers.covariance import off_diagonal_covariance
-from e2mc_hf.regularizers.regularizer import Regularizer, check_weight
+from e2mc_hf.regularizers.global_batch import SharedBatch, WholeBatch
+from e2mc_hf.regularizers.regularizer import check_weight
+from e2mc_hf.regularizers.shared_regularizer import SharedRegularizer
 from e2mc_hf.regularizers.sphere import unit_rows
 
 Space = Literal["embeddings", "hypersphere"]
@@ -36,8 +37,13 @@ def variance_hinge(x: Float[Tensor, "N D"], *, target: float = 1.0, eps: float =
         Bardes et al., VICReg, 2022, https://arxiv.org/abs/2105.04906, Eq. 1-2. Differs from the authors' code in: eps
         scales with the target, so that the hinge of a rescaled sample is the rescaled hinge.
     """
+    return hinges(x, target, eps).mean()
+
+
+def hinges(x: Float[Tensor, "N D"], target: float, eps: float) -> Float[Tensor, " D"]:
+    """What the standard deviation of each dimension lacks to the target; as `variance_hinge`."""
     std = (x.var(dim=0) + target**2 * eps).sqrt()
-    return F.relu(target - std).mean()
+    return F.relu(target - std)
 
 
 def check_space(space: str) -> None:
@@ -50,7 +56,7 @@ def check_space(space: str) -> None:
         raise ValueError(f"`space` must be embeddings or hypersphere, got {space!r}. Pass one of the two.")
 
 
-class VCRegRegularizer(Regularizer):
+class VCRegRegularizer(SharedRegularizer):
     """Variance and covariance terms of VICReg on the embeddings, or on their directions.
 
     The terms are `vcreg_variance` and `vcreg_covariance`; one of weight 0 is computed for the log only.
@@ -99,15 +105,15 @@ class VCRegRegularizer(Regularizer):
         self.space: Space = space
         self.eps = eps
 
-    def terms(self, z: Float[Tensor, "V N D"]) -> dict[str, Tensor]:
+    def batch_terms(self, batch: WholeBatch | SharedBatch) -> dict[str, Tensor]:
         """Hinge on the standard deviations, and off-diagonal covariance."""
         on_sphere = self.space == "hypersphere"
-        x = unit_rows(z) if on_sphere else z
-        target = z.shape[2] ** -0.5 if on_sphere else 1.0
+        target = batch.num_dims**-0.5 if on_sphere else 1.0
+        batch = batch.map_rows(unit_rows) if on_sphere else batch
         with self._gradient_of("vcreg_variance"):
-            variance = torch.stack([variance_hinge(view, target=target, eps=self.eps) for view in x]).mean()
+            variance = batch.means_over_dims([hinges(view, target, self.eps) for view in batch.views]).mean()
         with self._gradient_of("vcreg_covariance"):
-            covariance = torch.stack([off_diagonal_covariance(view) for view in x]).sum()
+            covariance = batch.covariances(batch.covariance_views).sum()
         return {"vcreg_variance": variance, "vcreg_covariance": covariance}
 
     def _gradient_of(self, term: str) -> torch.set_grad_enabled:

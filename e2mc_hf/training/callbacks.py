@@ -1,5 +1,6 @@
 """What happens around an optimizer step besides the step."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,21 @@ class ObjectiveCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before logging and saving, so that a checkpoint holds the moved teacher."""
         _call(kwargs["model"], "update_teacher")
+
+
+class StepEndCallback(TrainerCallback):
+    """Call a function after each optimizer step, before logging and saving.
+
+    Args:
+        action: Gets the number of steps taken, and whether a log line is due.
+    """
+
+    def __init__(self, action: Callable[[int, bool], None]) -> None:
+        self.action = action
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Call it."""
+        self.action(state.global_step, control.should_log)
 
 
 def _call(model: nn.Module, name: str) -> None:

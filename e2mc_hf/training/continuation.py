@@ -11,7 +11,8 @@ from e2mc_hf.models.lora import add_lora
 from e2mc_hf.models.ssl_model import SSLModel
 from e2mc_hf.training.arguments import E2MCTrainingArguments
 from e2mc_hf.training.finishing import finished_model
-from e2mc_hf.training.head_warmup import warm_up_heads
+from e2mc_hf.training.head_warmup import warm_up_heads, warm_up_is_due
+from e2mc_hf.training.sharding import check_head_warmup
 from e2mc_hf.training.trainer import E2MCTrainer
 
 
@@ -46,7 +47,8 @@ def continue_pretraining(
 ) -> Continuation:
     """Prepare, fit new heads, train, and finish, as the arguments say; every process calls it.
 
-    Nothing is written before the training; a resumed run (`arguments.resume_from_checkpoint`) fits no heads.
+    Nothing is written before the training; a resumed run (`arguments.resume_from_checkpoint`) fits no heads. Call
+    `trainer.refuse_failed_save()` once the model is exported: a checkpoint may be missing.
 
     Args:
         model: Model to continue, changed in place.
@@ -54,15 +56,17 @@ def continue_pretraining(
         dataset: Its images and views.
         new_heads: Whether the heads are random and the encoder is not: `head_warmup` auto then fits them first.
         momentum: Momentum to begin with, see `read_momentum`.
-        before_training: Called once everything has been found to fit.
+        before_training: Called once everything has been found to fit, unless the run goes on from a checkpoint.
 
     Raises:
         UsageError: If the arguments do not fit the model, or the batch its criterion.
     """
+    check_head_warmup(arguments, is_due=warm_up_is_due(arguments, new_heads=new_heads))
     prepare(model, arguments)
     trainer = E2MCTrainer(model, arguments, dataset, momentum=momentum)
-    before_training()
-    if arguments.resume_from_checkpoint is None:
+    checkpoint = trainer.checkpoint_to_resume(arguments.resume_from_checkpoint)
+    if checkpoint is None:
+        before_training()
         warm_up_heads(model, arguments, dataset, new_heads=new_heads)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     return Continuation(finished_model(trainer), trainer)

@@ -12,7 +12,7 @@ from e2mc_hf.data.unreadable import UnreadableCount
 from e2mc_hf.errors import UsageError
 from e2mc_hf.training.arguments import E2MCTrainingArguments
 
-_FILE = "data_state.json"
+FILE = "data_state.json"
 
 
 def order_of(dataset: ViewDataset, args: E2MCTrainingArguments, lanes: int | None) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def order_of(dataset: ViewDataset, args: E2MCTrainingArguments, lanes: int | Non
         "batch over all processes": args.per_device_train_batch_size * args.world_size,
         "seed": args.seed,
         "view seed": dataset.seed,
+        "views": _views_of(dataset),
         "revision": dataset.source.revision,
         "streaming": isinstance(dataset.source, StreamSource),
     }
@@ -34,12 +35,18 @@ def order_of(dataset: ViewDataset, args: E2MCTrainingArguments, lanes: int | Non
     return order
 
 
-def save_data_state(
-    folder: str | Path, order: dict[str, Any], unreadable: UnreadableCount, earlier: UnreadableCount
-) -> None:
-    """Write order and counts, of the epoch and of those before it, beside the rest of a checkpoint."""
-    state = {"order": order, "unreadable": unreadable.state_dict(), "unreadable_earlier": earlier.state_dict()}
-    (Path(folder) / _FILE).write_text(json.dumps(state, indent=1))
+def _views_of(dataset: ViewDataset) -> str:
+    """How the views are drawn and normalized, in few words."""
+    recipes = dataset.transform.recipes
+    photometry = dataset.transform.photometry
+    drawn = repr([*recipes, photometry.mean, photometry.std]).encode()
+    sizes = ", ".join(str(recipe.size) for recipe in recipes)
+    return f"{len(recipes)} of {sizes} pixels, recipe {hashlib.blake2b(drawn, digest_size=4).hexdigest()}"
+
+
+def data_state(order: dict[str, Any], unreadable: UnreadableCount, earlier: UnreadableCount) -> dict[str, Any]:
+    """Order and counts, of the epoch and of those before it, as JSON has them."""
+    return {"order": order, "unreadable": unreadable.state_dict(), "unreadable_earlier": earlier.state_dict()}
 
 
 def read_data_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -48,10 +55,10 @@ def read_data_state(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: If it has none, so that nothing could tell whether the images to come are the right ones.
     """
-    path = Path(checkpoint) / _FILE
+    path = Path(checkpoint) / FILE
     if not path.is_file():
         raise UsageError(
-            f"`resume_from_checkpoint` must be a checkpoint of a run on views, which holds {_FILE}, got"
+            f"`resume_from_checkpoint` must be a checkpoint of a run on views, which holds {FILE}, got"
             f" {str(checkpoint)!r}. Take another checkpoint, or start a new run from its model."
         )
     return dict(json.loads(path.read_text()))

@@ -31,7 +31,8 @@ def finished_model(trainer: E2MCTrainer) -> SSLModel:
     Args:
         trainer: Trainer of an `SSLModel` that has run.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.sharded_model
+    model = trainer.accelerator.unwrap_model(trainer.model) if sharded is None else sharded.whole(trainer.model)
     assert isinstance(model, SSLModel)
     merge_lora(model)
     if trainer.args.batch_norm == "recalibrated":

@@ -30,7 +30,8 @@ from e2mc_hf.objectives.teacher import update_teacher
 from e2mc_hf.progress import Progress
 from e2mc_hf.training.arguments import E2MCTrainingArguments
 from e2mc_hf.training.callbacks import ObjectiveCallback
-from e2mc_hf.training.optimizers import parameter_groups
+from e2mc_hf.training.optimizers import adamw, parameter_groups
+from e2mc_hf.training.sharding import check_head_warmup
 from e2mc_hf.training.trainer import E2MCTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,10 @@ def warm_up_heads(model: SSLModel, arguments: E2MCTrainingArguments, dataset: Vi
     Returns:
         Steps taken.
     """
-    is_auto = arguments.head_warmup == "auto"
-    if arguments.head_warmup in ("none", "0") or (is_auto and not new_heads):
+    if not warm_up_is_due(arguments, new_heads=new_heads):
         return 0
+    check_head_warmup(arguments, is_due=True)
+    is_auto = arguments.head_warmup == "auto"
     per_epoch = max(1, len(dataset) // (arguments.per_device_train_batch_size * arguments.world_size))
     window = min(max(per_epoch, _WINDOW_STEPS[0]), _WINDOW_STEPS[1])
     most = min(max(_MOST_EPOCHS * per_epoch, _MOST_STEPS[0]), _MOST_STEPS[1]) if is_auto else int(arguments.head_warmup)
@@ -81,6 +83,11 @@ def warm_up_heads(model: SSLModel, arguments: E2MCTrainingArguments, dataset: Vi
     return len(losses)
 
 
+def warm_up_is_due(arguments: E2MCTrainingArguments, *, new_heads: bool) -> bool:
+    """Whether the heads of a run are fitted first."""
+    return arguments.head_warmup not in ("none", "0") and (new_heads or arguments.head_warmup != "auto")
+
+
 def _report(losses: list[float], window: int) -> None:
     first, last = (sum(part) / len(part) for part in (losses[:window], losses[-window:]))
     logger.warning("The heads were fitted for %d steps: loss %.4g to %.4g.", len(losses), first, last)
@@ -94,6 +101,9 @@ def _report(losses: list[float], window: int) -> None:
 class _HeadTrainer(E2MCTrainer):
     """Trainer of heads alone: no schedule moves, no rate is fixed, and of a teacher only the heads follow."""
 
+    watches_collapse = False
+    writes_checkpoints = False
+
     def __init__(self, model: SSLModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         for callback in (ObjectiveCallback, PrinterCallback, ProgressCallback):
@@ -106,10 +116,16 @@ class _HeadTrainer(E2MCTrainer):
     def _save_where_it_stopped(self) -> str:
         return "The heads were still being fitted, there is nothing to resume: start the run again."
 
+    def _report(self, details: dict[str, Any]) -> str:
+        return (
+            "This was while the heads were fitted on the frozen encoder: nothing of the run was written. Try a lower"
+            " --head_warmup_learning_rate."
+        )
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             rate = self.args.learning_rate
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.0, learning_rate=rate), lr=rate)
+            self.optimizer = adamw(parameter_groups(self.model, 0.0, learning_rate=rate), rate)
         return self.optimizer
 
 
@@ -199,6 +215,7 @@ def _arguments_of_warm_up(arguments: E2MCTrainingArguments, folder: str, steps: 
     warm_up.logging_steps = 1
     warm_up.logging_first_step = False
     warm_up.freeze_blocks = warm_up.lora_rank = 0  # done already
+    warm_up.torch_compile = False  # what is compiled for a frozen encoder is of no use afterwards
     warm_up.restore_momentum = False
     warm_up.save_strategy = type(arguments.save_strategy)("no")
     warm_up.eval_strategy = type(arguments.eval_strategy)("no")
@@ -207,4 +224,5 @@ def _arguments_of_warm_up(arguments: E2MCTrainingArguments, folder: str, steps: 
     warm_up.report_to = []
     warm_up.push_to_hub = False
     warm_up.resume_from_checkpoint = None
+    warm_up.new_schedule = False
     return warm_up

@@ -10,6 +10,7 @@ from torch import nn
 from e2mc_hf.arguments import require
 from e2mc_hf.models.backbone import Backbone
 from e2mc_hf.models.layer_order import layer_order
+from e2mc_hf.training.fused import fused_option, keep_kernels
 
 
 def parameter_groups(
@@ -71,18 +72,21 @@ def build_optimizer(
     momentum: float,
     layer_decay: float = 1.0,
     fixed_learning_rates: Mapping[str, float] | None = None,
+    fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the trainable parameters of a model.
 
     Args:
         model: Model to train.
         name: `lars` (trust coefficient 0.001; timm adapts only where there is weight decay, hence never vectors),
-            `adamw` (torch's betas) or `sgd`.
+            `adamw` (torch's betas) or `sgd`. There is no fused LARS; on a GPU timm's works on all tensors of a group
+            together ("foreach"), on the CPU on one after the other.
         learning_rate: Learning rate.
         weight_decay: Decay of matrices and convolutions.
         momentum: Momentum of `lars` and `sgd`.
         layer_decay: Factor of the learning rate from one layer of the backbone to the one below.
         fixed_learning_rates: Learning rates by name of a module, which hold at every step whatever the schedule sets.
+        fused: Whether adamw and sgd update all parameters in one kernel; where torch has one for a GPU when not given.
 
     Raises:
         UsageError: If the name is unknown, LARS gets no weight decay, or the groups cannot be made.
@@ -109,12 +113,20 @@ def build_optimizer(
         )
         optimizer = Lars(groups, lr=learning_rate, momentum=momentum, trust_coeff=0.001, eps=0.0)
     elif name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+        optimizer = adamw(groups, learning_rate, fused=fused)
     else:
         require(name == "sgd", "optimizer", "must be lars, adamw or sgd", name, "Pass one of the three.")
-        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=fused_option(groups, fused))
+        keep_kernels(optimizer)
     if fixed_learning_rates:
         _hold_fixed_rates(optimizer)
+    return optimizer
+
+
+def adamw(groups: list[dict[str, Any]], learning_rate: float, *, fused: bool | None = None) -> torch.optim.AdamW:
+    """AdamW over groups of `parameter_groups`, fused where `build_optimizer` says so."""
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=fused_option(groups, fused))
+    keep_kernels(optimizer)
     return optimizer
 
 

@@ -1,6 +1,5 @@
 """The Trainer that adds a regularizer to a self-supervised objective."""
 
-import math
 from collections.abc import Mapping, Sized
 from typing import Any
 
@@ -19,13 +18,18 @@ from e2mc_hf.progress import Progress
 from e2mc_hf.regularizers.registry import build_regularizer
 from e2mc_hf.training.arguments import E2MCTrainingArguments
 from e2mc_hf.training.callbacks import ObjectiveCallback
+from e2mc_hf.training.compiling import check_can_be_compiled, compiled_backbones, hidden_from_accelerate
+from e2mc_hf.training.gradient_cache import check_gradient_cache, gradient_cache
+from e2mc_hf.training.guarded_trainer import GuardedTrainer
+from e2mc_hf.training.memory_format import channels_last, check_channels_last
 from e2mc_hf.training.momentum import restore_momentum
 from e2mc_hf.training.optimizers import build_optimizer
+from e2mc_hf.training.sharded_model import ShardedModel
+from e2mc_hf.training.sharding import check_sharded_model, sharding_of
 from e2mc_hf.training.terms import TermAverages
-from e2mc_hf.training.view_trainer import ViewTrainer
 
 
-class E2MCTrainer(ViewTrainer):
+class E2MCTrainer(GuardedTrainer):
     """`transformers.Trainer` whose loss is the model's own plus a regularizer of the embeddings of all processes.
 
     Works with any model whose output has `loss` (scalar), `embeddings` (V, B, D) and, optionally, `terms`. Every term
@@ -44,7 +48,7 @@ class E2MCTrainer(ViewTrainer):
 
     Raises:
         UsageError: If the batch of all processes is too small for its statistics, or an option is unknown.
-        FloatingPointError: While training, if the loss is not finite: before it is used for an update.
+        NonFiniteError: While training, if a loss or a gradient is not finite: before it is used for an update.
     """
 
     model: nn.Module
@@ -75,16 +79,47 @@ class E2MCTrainer(ViewTrainer):
             regularizer = build_regularizer(args.regularizer, args.regularizer_options())
         self.regularizer = regularizer
         _check_prepared(model, args, momentum)
+        check_can_be_compiled(model, args)
+        check_channels_last(model, args.channels_last)
+        check_gradient_cache(model, args)
+        check_sharded_model(model, args, momentum)
         _check_batch(regularizer, global_batch, "regularizer_args")
         _check_batch(getattr(model, "objective", None), global_batch, "objective_args")
         self._terms = {"train": TermAverages(), "eval": TermAverages()}
         self._steps_per_epoch = 1
         self._momentum = momentum
-        model = apply_norm_policy(model, _backbones(model), args.batch_norm, args.device)
+        model = apply_norm_policy(
+            model, _backbones(model), args.batch_norm, args.device, is_compiled=args.torch_compile
+        )
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self._gradient_cache = gradient_cache(model, args, self.accelerator)
+        self.sharded_model = ShardedModel(model, self.accelerator) if sharding_of(args) == "fsdp" else None
         self.add_callback(ObjectiveCallback())
         # Otherwise transformers evaluates a loss only where there are labels, or where `forward` has `return_loss`.
         self.can_return_loss, self.label_names = True, []
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `ViewTrainer` does, the backbone compiled and in the memory format that was asked for."""
+        with (
+            self.watched(),
+            channels_last(self.model, self.args.channels_last),
+            compiled_backbones(self.model, self.args),
+        ):
+            return super().train(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate, which is never to compile the whole model."""
+        with hidden_from_accelerate(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Loss of a batch, whose gradient is left in the parameters."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._gradient_cache is not None:
+            self._gradient_cache.backward()
+        return loss
 
     def compute_loss(
         self,
@@ -95,7 +130,8 @@ class E2MCTrainer(ViewTrainer):
     ) -> Any:
         """Loss of the objective plus the regularizer on the embeddings of all processes."""
         progress = self._announce_progress(model)
-        outputs = model(**inputs)
+        cache = self._gradient_cache if model.training else None
+        outputs = model(**inputs) if cache is None else cache.forward(**inputs)
         loss = self._total_loss(outputs, progress, training=model.training)
         return (loss, outputs) if return_outputs else loss
 
@@ -104,16 +140,15 @@ class E2MCTrainer(ViewTrainer):
         loss: Tensor = outputs["loss"]
         terms = dict(outputs.get("terms") or {})
         if self.regularizer is not None:
-            regularization = self.regularizer(all_gather(outputs["embeddings"], dim=1))
+            regularization = _regularization(self.regularizer, outputs["embeddings"])
             repeated = terms.keys() & regularization.terms.keys()
             assert not repeated, f"objective and regularizer both log {repeated}"
             terms |= {"objective_loss": loss, **regularization.terms}
             share = progress.linear(0.0, 1.0, self.args.regularizer_warmup_epochs) if training else 1.0
             loss = loss + (regularization.loss if share == 1 else share * regularization.loss)
         self._terms["train" if training else "eval"].add(terms)
-        if not math.isfinite(loss.item()):
-            values = {name: term.item() for name, term in terms.items()}
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}; terms: {values}")
+        if training:
+            self.watch(loss, terms, outputs.get("embeddings"))
         return loss
 
     def _announce_progress(self, model: nn.Module) -> Progress:
@@ -176,6 +211,12 @@ class E2MCTrainer(ViewTrainer):
             max(1, len(loader)) if isinstance(loader.dataset, Sized) else max(1, self.args.max_steps)
         )
         return loader
+
+
+def _regularization(regularizer: nn.Module, embeddings: Tensor) -> Any:
+    """Loss and terms of a regularizer on the embeddings of all processes; a module of one's own gets them gathered."""
+    forward_local = getattr(regularizer, "forward_local", None)
+    return regularizer(all_gather(embeddings, dim=1)) if forward_local is None else forward_local(embeddings)
 
 
 def _check_prepared(model: nn.Module, args: E2MCTrainingArguments, momentum: Mapping[str, Tensor] | None) -> None:

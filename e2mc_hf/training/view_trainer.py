@@ -1,15 +1,12 @@
 """The Trainer's way of getting images: which batches, from where a resumed run goes on, and what could not be read."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from e2mc_hf.arguments import require
 from e2mc_hf.data.dataset import ViewDataset
@@ -22,13 +19,15 @@ from e2mc_hf.data.workers import UnusableWorkersError
 from e2mc_hf.distributed import all_gather_object, rank
 from e2mc_hf.errors import UsageError
 from e2mc_hf.training.arguments import E2MCTrainingArguments
-from e2mc_hf.training.data_state import check_same_order, order_of, read_data_state, save_data_state
+from e2mc_hf.training.checkpoint_trainer import CheckpointTrainer
+from e2mc_hf.training.data_state import FILE, check_same_order, data_state, order_of, read_data_state
+from e2mc_hf.training.saving import SaveFailedError
 from e2mc_hf.training.skipping import batches_skipped_by_the_loader
 
 logger = logging.getLogger(__name__)
 
 
-class ViewTrainer(Trainer):
+class ViewTrainer(CheckpointTrainer):
     """`transformers.Trainer` that trains on a `ViewDataset`: exact batches on every process, exact resume.
 
     Global batches are cut by rank here, never by accelerate. Images that cannot be read are counted over all processes,
@@ -36,7 +35,6 @@ class ViewTrainer(Trainer):
     transformers.
     """
 
-    args: E2MCTrainingArguments
     train_dataset: Dataset[Any] | None
     eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None
 
@@ -94,33 +92,38 @@ class ViewTrainer(Trainer):
             return self._view_loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
         return super().get_eval_dataloader(eval_dataset)
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as transformers does; a resumed run goes on with the very next batch.
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        has_views = isinstance(self.train_dataset, ViewDataset)
+        self._resumed_state = read_data_state(checkpoint) if checkpoint is not None and has_views else None
+        self._earlier = UnreadableCount()
+
+    def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Train; a resumed run goes on with the very next batch.
 
         Raises:
             UsageError: If the checkpoint is of a run on other images or other batches, too many images cannot be read,
                 or no images come any more, because workers are lost again and again or a stream's server is out of
                 reach; a single process saves a checkpoint then.
         """
-        checkpoint = str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir)) or True  # transformers says what is missing
-        needs_state = isinstance(checkpoint, str) and bool(checkpoint) and isinstance(self.train_dataset, ViewDataset)
-        self._resumed_state = read_data_state(str(checkpoint)) if needs_state else None
-        self._earlier = UnreadableCount()
         try:
-            return super().train(checkpoint or None, *args, **kwargs)
+            return super()._train_from(checkpoint, *args, **kwargs)
         except (UnusableWorkersError, RemoteFileUnreachableError, RemoteFileError) as error:
             raise UsageError(f"{error} {self._save_where_it_stopped()}") from error
 
     def _save_where_it_stopped(self) -> str:
-        """Save the run between two steps, if no other process is in the middle of one; say from where to go on."""
+        """Save the run between two steps, if no other process is in the middle of one; say from where to go on.
+
+        Several processes do not: the one that has no images would wait for those that wait for it in a step.
+        """
         if self.args.world_size > 1 or self.state.global_step == 0:
             return "A run with checkpoints can be resumed from its last one."
         assert self.model is not None
-        self._save_checkpoint(self.model, trial=None)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        return f"The run was saved: go on with --resume_from_checkpoint {folder}."
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except SaveFailedError as failure:
+            return f"The run could not be saved: {failure}. It can be resumed from its last checkpoint, if it has one."
+        return f"The run was saved: go on with --resume_from_checkpoint {self._newest}."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, and stop when too many images could not be read."""
@@ -170,15 +173,15 @@ class ViewTrainer(Trainer):
             total.merge(count)
         return total
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random states, and beside them what the images to come depend on."""
-        super()._save_rng_state(output_dir)
-        if self._train_loader is not None:
-            count, earlier = self._count_over_processes(self._train_loader), self._earlier
-            if self.state.global_step % len(self._train_loader) == 0:  # resumed from here, the next epoch counts anew
-                count, earlier = UnreadableCount(), self._of_the_run(count)
-            if self.args.should_save:
-                save_data_state(output_dir, self._order(), count, earlier)
+    def _extra_members(self) -> dict[str, Any]:
+        """What the images to come depend on."""
+        members = super()._extra_members()
+        if self._train_loader is None:
+            return members
+        count, earlier = self._count_over_processes(self._train_loader), self._earlier
+        if self.state.global_step % len(self._train_loader) == 0:  # resumed from here, the next epoch counts anew
+            count, earlier = UnreadableCount(), self._of_the_run(count)
+        return {**members, FILE: data_state(self._order(), count, earlier)}
 
     def _order(self) -> dict[str, Any]:
         assert isinstance(self.train_dataset, ViewDataset)

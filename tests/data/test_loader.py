@@ -60,6 +60,10 @@ def test_workers_change_no_value_in_any_epoch(dataset):
         assert same(epoch_of(here, epoch), epoch_of(there, epoch))
     there.skip(2)
     assert same(epoch_of(here, 2)[2:], epoch_of(there, 2))
+    for batches in (here, there):
+        batches.set_epoch(3)
+        expected = [[row.sample_id for row in rows] for rows in batches.order.batches(3, 0)]
+        assert [batches.sample_ids for _ in batches] == expected
 
 
 def test_a_run_resumed_within_an_epoch_sees_the_rest_of_it_and_then_whole_epochs(dataset):

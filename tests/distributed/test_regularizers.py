@@ -10,9 +10,17 @@ from torch import Tensor
 from e2mc_hf.distributed import all_gather, rank, world_size
 from e2mc_hf.progress import Progress
 from e2mc_hf.regularizers.registry import REGULARIZERS, build_regularizer
+from e2mc_hf.regularizers.regularizer import Regularizer
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
-CASES = [(name, dtype, ties) for name in sorted(REGULARIZERS) for dtype in TOLERANCES for ties in (False, True)]
+FORMS = ("gathered", "local")
+CASES = [
+    (name, dtype, ties, form)
+    for name in sorted(REGULARIZERS)
+    for dtype in TOLERANCES
+    for ties in (False, True)
+    for form in FORMS
+]
 
 
 def embeddings(dtype: torch.dtype, ties: bool) -> Tensor:
@@ -23,12 +31,13 @@ def embeddings(dtype: torch.dtype, ties: bool) -> Tensor:
 def every_case_on_a_share() -> list[tuple[Tensor, Tensor]]:
     """Loss and gradient of this process' samples, the gradient averaged as DistributedDataParallel does."""
     results = []
-    for name, dtype, ties in CASES:
+    for name, dtype, ties, form in CASES:
         z = embeddings(dtype, ties).chunk(world_size(), dim=1)[rank()].clone().requires_grad_()
         regularizer = build_regularizer(name, {})
-        assert regularizer is not None
         regularizer.set_progress(Progress(step=3))
-        loss = regularizer(all_gather(z, dim=1)).loss
+        assert isinstance(regularizer, Regularizer)
+        output = regularizer.forward_local(z) if form == "local" else regularizer(all_gather(z, dim=1))
+        loss = output.loss
         (gradient,) = torch.autograd.grad(loss, z)
         results.append((loss.detach(), gradient / world_size()))
     return results
@@ -40,7 +49,7 @@ def results() -> tuple[list[tuple[Tensor, Tensor]], list[list[tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize(
-    "case", range(len(CASES)), ids=[f"{n}-{str(d)[6:]}-{'ties' if t else ''}" for n, d, t in CASES]
+    "case", range(len(CASES)), ids=[f"{n}-{str(d)[6:]}-{'ties' if t else ''}-{f}" for n, d, t, f in CASES]
 )
 def test_regularizer_on_two_processes_is_that_on_one(case: int) -> None:
     one, two = results()

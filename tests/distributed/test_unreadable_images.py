@@ -47,7 +47,8 @@ def counted(folder: str) -> list[Any]:
     trainer(folder, images, 8, max_steps=9, save_strategy="steps", save_steps=1).train()
     whole = counts(folder)
     for begin, stop in ((3, 6), (6, 9)):
-        resumed = trainer(folder, images, 8, max_steps=stop, save_strategy="steps", save_steps=1)
+        options = {"save_strategy": "steps", "save_steps": 1, "new_schedule": True}
+        resumed = trainer(folder, images, 8, max_steps=stop, **options)
         resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{begin}")
     return [whole, counts(folder)]
 

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
+from e2mc_hf.launch_files import find_launch_file
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SCRIPT = str(ROOT / "scripts" / "continue_pretrain.py")
 TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-ACCELERATE = [
-    *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-]
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(find_launch_file("cpu-2"))]
 TINY = [
     *("--model", "test_resnet", "--from_scratch", "--image_size", "32", "--objective_args", "projector_dim=32"),
     *(

@@ -3,6 +3,7 @@
 python batch_norm_worker.py RANK WORLD_SIZE FOLDER writes what this process computed to FOLDER/RANK.pt.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from e2mc_hf.models.batch_norm import GlobalBatchNorm, synchronize_batch_norm
@@ -117,6 +119,34 @@ def converted_twice() -> list[str]:
     return [type(model.backbone[1]).__name__, type(model.backbone[1].act).__name__, type(model.head[1]).__name__]
 
 
+def converted_for_compilation() -> list[str]:
+    """Kinds of the layers of a model for CUDA whose backbone will be compiled."""
+    model = Trained()
+    apply_norm_policy(model, model.backbone, "synchronized", torch.device("cuda"), is_compiled=True)
+    return [type(model.backbone[1]).__name__, type(model.backbone[1].act).__name__, type(model.head[1]).__name__]
+
+
+def compiled(rank: int) -> dict[str, Any]:
+    """Graphs of a network at two sizes, compiled with layers that talk, and how far it is from the uncompiled one."""
+    plain = synchronize_batch_norm(Trained(), torch.device("cpu"))
+    other = copy.deepcopy(plain)
+    counter = CompileCounterWithBackend("aot_eager")
+    other.compile(backend=counter, dynamic=False)
+    generator = torch.Generator().manual_seed(rank)
+    images = [torch.randn(4, 3, side, side, generator=generator) for side in (8, 12)] * 2
+    outputs = [[model(view) for view in images] for model in (plain, other)]
+    for each in outputs:
+        torch.stack([output.pow(2).mean() for output in each]).sum().backward()
+    gradients = [torch.cat([parameter.grad.flatten() for parameter in model.parameters()]) for model in (plain, other)]
+    return {
+        "graphs": counter.frame_count,
+        "breaks": len(torch._dynamo.utils.counters["graph_break"]),
+        "same outputs": all(torch.equal(one, two) for one, two in zip(*outputs, strict=True)),
+        "same gradients": torch.equal(*gradients),
+        "same statistics": all(torch.equal(*pair) for pair in zip(plain.buffers(), other.buffers(), strict=True)),
+    }
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -136,6 +166,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         results["autocast"] = under_autocast(model, images)
         results |= {policy: under_policy(policy, lambda x: x.chunk(world_size)[rank]) for policy in POLICIES}
         results["converted twice"] = converted_twice()
+        results["converted for compilation"] = converted_for_compilation()
+        results["compiled"] = compiled(rank)
         torch.save(results, folder / f"{rank}.pt")
         dist.barrier()
     finally:

@@ -115,6 +115,17 @@ def test_a_second_conversion_for_cuda_keeps_the_activations(halves):
         assert half["converted twice"] == ["SyncBatchNormAct", "ReLU", "SyncBatchNorm"]
 
 
+def test_layers_that_talk_are_part_of_one_compiled_graph_for_each_size(halves):
+    same = {f"same {part}": True for part in ("outputs", "gradients", "statistics")}
+    for half in halves:
+        assert half["compiled"] == {"graphs": 2, "breaks": 0, **same}
+
+
+def test_what_is_compiled_for_cuda_gets_layers_that_can_be_part_of_a_graph(halves):
+    for half in halves:
+        assert half["converted for compilation"] == ["GlobalBatchNorm", "ReLU", "SyncBatchNorm"]
+
+
 def test_one_process_keeps_its_model_as_it_is():
     model = timm_model("resnet18")
     modules, state = list(model.modules()), {name: tensor.clone() for name, tensor in model.state_dict().items()}

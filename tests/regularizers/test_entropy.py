@@ -170,6 +170,17 @@ def test_p10_ties_are_broken_by_row(dtype: torch.dtype) -> None:
     assert torch.equal(ordered[0], x[order[0], 0])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-13)])
+def test_p10_ties_at_the_end_of_a_tensor_are_ties_as_elsewhere(dtype: torch.dtype, tolerance: float) -> None:
+    # Of 41 * 13 entries torch maps the last ones by another code than the rest: ties differed by a bit, up to NaN.
+    for seed in range(300):
+        values = torch.randn(6, 13, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        x = values.repeat(7, 1)[:41]
+        entropy = marginal_entropy(x, transform="sigmoid", window=3)
+        alone = marginal_entropy(x[:, -1:], transform="sigmoid", window=3)
+        assert (entropy[-1:] - alone).abs() <= tolerance * entropy[-1].abs(), seed
+
+
 @given(seeds, st.integers(2, 300))
 def test_float32_sort_is_torchs_for_any_finite_values(seed: int, num_samples: int) -> None:
     bits = np.random.default_rng(seed).integers(0, 2**32, (num_samples, 2), dtype=np.uint32)

@@ -98,6 +98,9 @@ WRONG_OPTIONS = [
     ({"regularizer_args": "eps"}, "`regularizer_args` must be of type dict[str, typing.Any], got ['eps']"),
     ({"backbone_args": "depht=3"}, "`backbone_args` must fit the architecture"),
     ({"per_device_train_batch_size": "2"}, "`per_device_train_batch_size` times 1 processes must be at least 4, got 2"),
+    ({"fp16": "true"}, "`fp16` needs a GPU, got 'cpu'. Pass --bf16 on the CPU."),
+    ({"torch_compile_mode": "reduce-overhead"}, "`torch_compile_mode` must be default or max-autotune-no-cudagraphs"),
+    ({"channels_last": "perhaps"}, "`channels_last` must be of type bool, got 'perhaps'"),
 ]
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from e2mc_hf.errors import UsageError
-from e2mc_hf.training.launch import check_world, processes_asked_of_launcher
+from e2mc_hf.launch_files import find_launch_file
+from e2mc_hf.training import launch as launch_module
+from e2mc_hf.training.launch import Asked, asked_of_launcher, check_world
 
 ACCELERATE = [
     ["/venv/bin/python3.11", "/venv/bin/accelerate", "launch"],
@@ -24,6 +26,12 @@ ROOT = Path(__file__).parents[2]
 SHELL = ["bash", "-c", "accelerate launch --num_processes 5 scripts/continue_pretrain.py"]
 
 
+@pytest.fixture(autouse=True)
+def no_default_file(tmp_path, monkeypatch):
+    """A machine on which `accelerate config` was never run."""
+    monkeypatch.setattr(launch_module, "default_config_file", str(tmp_path / "default_config.yaml"))
+
+
 @pytest.mark.parametrize("launcher", ACCELERATE)
 @pytest.mark.parametrize(
     ("flags", "asked"),
@@ -37,7 +45,7 @@ SHELL = ["bash", "-c", "accelerate launch --num_processes 5 scripts/continue_pre
     ],
 )
 def test_accelerate_is_asked_for_the_processes_on_all_machines(launcher, flags, asked):
-    assert processes_asked_of_launcher([[*launcher, *flags, *SCRIPT]]) == asked
+    assert asked_of_launcher([[*launcher, *flags, *SCRIPT]]) == Asked(asked)
 
 
 @pytest.mark.parametrize("launcher", TORCHRUN)
@@ -58,7 +66,7 @@ def test_accelerate_is_asked_for_the_processes_on_all_machines(launcher, flags, 
     ],
 )
 def test_torchrun_is_asked_for_processes_on_each_of_the_nodes(launcher, flags, asked):
-    assert processes_asked_of_launcher([[*launcher, *flags, *SCRIPT]]) == asked
+    assert asked_of_launcher([[*launcher, *flags, *SCRIPT]]) == Asked(asked)
 
 
 @pytest.mark.parametrize(
@@ -74,17 +82,43 @@ def test_torchrun_is_asked_for_processes_on_each_of_the_nodes(launcher, flags, a
     ],
 )
 def test_without_a_launcher_nothing_was_asked(command_lines):
-    assert processes_asked_of_launcher(command_lines) is None
+    assert asked_of_launcher(command_lines) == Asked()
+
+
+@pytest.mark.parametrize("launcher", ACCELERATE)
+@pytest.mark.parametrize(
+    ("name", "flags", "asked"),
+    [
+        ("cpu-2", [], Asked(2, on_cpu=True)),
+        ("cpu-2", ["--num_processes", "3"], Asked(3, on_cpu=True)),
+        ("ddp", [], Asked(None, on_cpu=False)),
+        ("multi-node", ["--num_processes=16"], Asked(16, on_cpu=False)),
+    ],
+)
+def test_accelerate_is_asked_by_its_configuration_file_too(launcher, name, flags, asked):
+    path = str(find_launch_file(name))
+    for words in (["--config_file", path], [f"--config_file={path}"], ["--config-file", path]):
+        assert asked_of_launcher([[*launcher, *words, *flags, *SCRIPT]]) == asked
+
+
+def test_accelerate_is_asked_by_its_default_file_unless_another_or_the_cpu_is_named(tmp_path):
+    (tmp_path / "default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
+    launcher = ["accelerate", "launch"]
+    assert asked_of_launcher([[*launcher, *SCRIPT]]) == Asked(4, on_cpu=False)
+    assert asked_of_launcher([[*launcher, "--num_processes", "2", *SCRIPT]]) == Asked(2, on_cpu=False)
+    assert asked_of_launcher([[*launcher, "--cpu", *SCRIPT]]) == Asked()
+    assert asked_of_launcher([[*launcher, "--config_file", str(find_launch_file("cpu-2")), *SCRIPT]]) == Asked(2, True)
+    assert asked_of_launcher([["torchrun", *SCRIPT]]) == Asked()
 
 
 def test_the_nearest_launcher_counts():
     near, far = ["torchrun", "--nproc_per_node", "2"], ["accelerate", "launch", "--num_processes", "8"]
-    assert processes_asked_of_launcher([["bash"], near, far]) == 2
-    assert processes_asked_of_launcher([SHELL, far, near]) == 8
+    assert asked_of_launcher([["bash"], near, far]).num_processes == 2
+    assert asked_of_launcher([SHELL, far, near]).num_processes == 8
 
 
 def test_a_flag_at_the_very_end_has_no_number():
-    assert processes_asked_of_launcher([["torchrun", "--nproc_per_node"]]) is None
+    assert asked_of_launcher([["torchrun", "--nproc_per_node"]]) == Asked()
 
 
 def test_started_processes_that_do_not_train_together_are_refused(monkeypatch):
@@ -106,6 +140,38 @@ def test_one_process_without_a_launcher_is_accepted(monkeypatch):
     check_world(1)
 
 
+def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UsageError, match=r"^`srun` started 8 tasks .*, got a world of 1: each would train alone\."):
+        check_world(1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "world_size"),
+    [
+        ({"SLURM_NTASKS": "8"}, 1),  # the body of a batch script, which has the whole allocation to itself
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"}, 16),  # torchrun in one task a node
+        ({"SLURM_STEP_NUM_TASKS": "8", "WORLD_SIZE": "8"}, 8),  # tasks that were told their places
+        ({"SLURM_STEP_NUM_TASKS": "2"}, 2),  # an MPI that tells them
+    ],
+)
+def test_tasks_of_slurm_that_train_together_are_accepted(monkeypatch, environment, world_size):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_world(world_size)
+
+
+def test_a_file_that_asks_for_the_cpu_needs_the_script_to_be_told_so(monkeypatch):
+    words = ["accelerate", "launch", "--config_file", str(find_launch_file("cpu-2")), *SCRIPT]
+    monkeypatch.setattr(launch_module, "_ancestors", lambda: [words])
+    check_world(2, on_cpu=True)
+    with pytest.raises(UsageError, match=r"^`use_cpu` must be given as well: .*, got False\. Pass --use_cpu, or"):
+        check_world(2, on_cpu=False)
+
+
 def launch(tmp_path, *launcher: str) -> str:
     """Output of a script that checks for a world of one process, under a launcher."""
     script = tmp_path / "script.py"
@@ -124,6 +190,16 @@ def launch(tmp_path, *launcher: str) -> str:
 
 def test_accelerate_that_starts_one_process_of_two_is_refused(tmp_path):
     output = launch(tmp_path, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    assert "`num_processes` must be what was asked for: 2, got 1." in output
+    assert "trained alone" not in output
+
+
+def test_accelerate_that_starts_one_process_of_two_in_its_default_file_is_refused(tmp_path):
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\n"
+    )
+    output = launch(tmp_path, "-m", "accelerate.commands.launch")
     assert "`num_processes` must be what was asked for: 2, got 1." in output
     assert "trained alone" not in output
 

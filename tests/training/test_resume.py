@@ -10,6 +10,7 @@ import pytest
 import torch
 from data.image_files import BROKEN, encoded, map_source, stream_source
 from torch import Tensor
+from training.tiny_runs import differences, state_of
 from transformers import TrainerCallback
 
 from e2mc_hf.arguments import ViewArguments
@@ -22,6 +23,7 @@ from e2mc_hf.models.loading import load_backbone
 from e2mc_hf.models.ssl_model import SSLModel
 from e2mc_hf.training.arguments import E2MCTrainingArguments
 from e2mc_hf.training.finishing import finished_model
+from e2mc_hf.training.manifest import write_manifest
 from e2mc_hf.training.trainer import E2MCTrainer
 
 IMAGES, BATCH, STEPS = 44, 8, 12  # five steps an epoch, four images left over
@@ -111,6 +113,14 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+def cut_at(step: int, folder: Path, own: Any, **options: Any) -> Path:
+    """Checkpoint of a run that was interrupted after a step."""
+    trainer = run(folder, own, **options)
+    trainer.add_callback(StopAt(step))
+    trainer.train()
+    return folder / f"checkpoint-{step}"
+
+
 def end(trainer: Recording) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
@@ -142,7 +152,7 @@ def test_a_run_resumed_at_any_step_sees_and_becomes_the_same(
 ) -> None:
     own = source(kind, tmp_path / "shards")
     options = {"small_views": small_views, "dataloader_num_workers": num_workers}
-    whole = run(tmp_path / "whole", own, small_views=small_views, save_strategy="no")
+    whole = run(tmp_path / "whole", own, save_steps=STEPS, **options)
     whole.train()
     assert sorted(whole.seen) == list(range(STEPS))
     checkpoint, begin = None, 0
@@ -155,6 +165,9 @@ def test_a_run_resumed_at_any_step_sees_and_becomes_the_same(
         assert min(part.seen) == begin
         begin = cut
     assert_same(whole, part)
+    first, second = (state_of(tmp_path / name / f"checkpoint-{STEPS}") for name in ("whole", "cut"))
+    assert {"model", "optimizer.pt", "scheduler.pt", "rng_state.pth", "data_state.json"} < first.keys()
+    assert differences(first, second) == []
 
 
 def test_a_resumed_stream_reads_only_what_it_needs(tmp_path: Path) -> None:
@@ -215,9 +228,9 @@ def test_a_run_resumed_at_its_end_takes_no_step_more(tmp_path: Path, steps: int)
 )
 def test_a_resume_that_would_see_other_batches_is_refused(tmp_path: Path, options: Any, message: str) -> None:
     own = source("stream", tmp_path / "shards")
-    run(tmp_path / "cut", own, max_steps=2).train()
+    checkpoint = cut_at(2, tmp_path / "cut", own)
     with pytest.raises(UsageError, match=message):
-        run(tmp_path / "cut", own, **options).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+        run(tmp_path / "cut", own, **options).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_resume_goes_on_with_the_lanes_of_the_interrupted_run(tmp_path: Path) -> None:
@@ -232,32 +245,32 @@ def test_a_resume_goes_on_with_the_lanes_of_the_interrupted_run(tmp_path: Path) 
 
 
 def test_a_resume_on_other_images_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "cut", source("map", tmp_path), max_steps=2).train()
+    checkpoint = cut_at(2, tmp_path / "cut", source("map", tmp_path))
     other = run(tmp_path / "cut", source("map", tmp_path, encoded(IMAGES + 1)))
     with pytest.raises(UsageError, match=r"images \(then 44, now 45\)"):
-        other.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+        other.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_resume_on_the_same_images_in_other_shards_is_refused(tmp_path: Path) -> None:
     images = encoded(IMAGES)
-    run(tmp_path / "cut", stream_source(tmp_path / "a", images, [20, 24]), max_steps=2).train()
+    checkpoint = cut_at(2, tmp_path / "cut", stream_source(tmp_path / "a", images, [20, 24]))
     other = run(tmp_path / "cut", stream_source(tmp_path / "b", images, [24, 20]))
     with pytest.raises(UsageError, match=r"another shards \(then 2 shards \w+, now 2 shards \w+\)"):
-        other.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+        other.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_resume_on_another_revision_is_refused(tmp_path: Path) -> None:
     then, now = (replace(source("map", tmp_path), revision=commit) for commit in ("a1", "b2"))
-    run(tmp_path / "cut", then, max_steps=2).train()
+    checkpoint = cut_at(2, tmp_path / "cut", then)
     with pytest.raises(UsageError, match=r"another revision \(then a1, now b2\)"):
-        run(tmp_path / "cut", now).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+        run(tmp_path / "cut", now).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_resume_on_as_many_other_images_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "cut", source("map", tmp_path), max_steps=2).train()
+    checkpoint = cut_at(2, tmp_path / "cut", source("map", tmp_path))
     other = run(tmp_path / "cut", source("map", tmp_path, encoded(IMAGES)[::-1]))
     with pytest.raises(UsageError, match=r"another first, middle and last image \(then \w{8}, now \w{8}\)"):
-        other.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+        other.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_run_whose_images_stop_coming_before_its_statistics_are_recalibrated_is_not_lost(
@@ -309,8 +322,10 @@ def test_a_run_whose_images_stop_coming_is_saved_and_can_go_on(tmp_path: Path) -
 
 def test_a_checkpoint_that_does_not_tell_its_images_is_refused(tmp_path: Path) -> None:
     own = source("map", tmp_path)
-    run(tmp_path / "cut", own, max_steps=2).train()
-    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    checkpoint = cut_at(2, tmp_path / "cut", own)
     (checkpoint / "data_state.json").unlink()
+    with pytest.raises(UsageError, match=r"`resume_from_checkpoint` must be a whole .*data_state\.json is missing"):
+        run(tmp_path / "cut", own).train(resume_from_checkpoint=checkpoint)
+    write_manifest(checkpoint, 2)  # whole, but of a run on something else
     with pytest.raises(UsageError, match=r"`resume_from_checkpoint` must be .* holds data_state\.json, got '.*2'"):
-        run(tmp_path / "cut", own).train(resume_from_checkpoint=str(checkpoint))
+        run(tmp_path / "cut", own).train(resume_from_checkpoint=checkpoint)
