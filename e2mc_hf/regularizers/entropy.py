@@ -24,9 +24,6 @@ Estimator = Literal["m_spacings", "kde"]
 # Entries of one block of coordinates: small enough to stay in a CPU's cache, large enough to keep a GPU busy.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
 
-# Images of values beyond are 0 or 1 in float64 too.
-_SATURATED = 1000.0
-
 
 def marginal_entropy(
     x: Float[Tensor, "N D"],
@@ -224,10 +221,9 @@ def _spacings(
     # A spacing across the middle gets back the 1 that was taken from its upper end.
     upper = torch.ge(ordered, 0, out=torch.empty_like(ordered))
     spacings += upper[:, window:] - upper[:, :-window]
-    # Images of ties may differ in the last bit, and the logarithm with it: torch computes the last entries of a tensor
-    # one by one, the others in vectors. No spacing but theirs exceeds that of the values: densities are below 1.
-    finite = ordered.clamp(-_SATURATED, _SATURATED)
-    torch.minimum(spacings, finite[:, window:] - finite[:, :-window], out=spacings)
+    # Images of ties may differ in the last bit, and the logarithm with it, and those of neighbors change places: torch
+    # computes the last entries of a tensor one by one, the others in vectors.
+    spacings.masked_fill_(ordered[:, window:] == ordered[:, :-window], 0)
     return spacings.clamp_min_(0)
 
 

@@ -28,8 +28,9 @@ class SharedRegularizer(Regularizer):
         """Do what `forward_local` does with a batch that several regularizers may have in common.
 
         With fewer dimensions than processes everything is gathered: some processes would have nothing to compute of.
+        So it is for a subclass that defines `terms` again.
         """
-        if batch.num_dims < world_size():
+        if batch.num_dims < world_size() or type(self).terms is not SharedRegularizer.terms:
             return super().forward_shared(batch)
         self.check_batch(batch.num_samples)
         return self._weighted(lambda: self.batch_terms(batch), batch.local[0])

@@ -21,6 +21,14 @@ from e2mc_hf.regularizers.regularizer import Regularizer
 from e2mc_hf.regularizers.sigreg import SIGRegRegularizer
 from e2mc_hf.regularizers.vcreg import VCRegRegularizer
 
+
+class DoubledTerms(E2MCRegularizer):
+    """A criterion of someone who defines `terms`, as `Regularizer` says."""
+
+    def terms(self, z: Tensor) -> dict[str, Tensor]:
+        return {name: 2 * term for name, term in super().terms(z).items()}
+
+
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 # More dimensions than samples (the Gram form), more samples (the feature form), products of several blocks, and fewer
 # dimensions than processes.
@@ -36,6 +44,7 @@ CRITERIA: dict[str, Callable[[], Regularizer | CombinedRegularizer]] = {
     "e2mc_standardize": lambda: E2MCRegularizer(1, 1, standardize=True, temperature=0.572, window_mode="multi_scale"),
     "e2mc_dither": lambda: E2MCRegularizer(1, 1, dither=0.3, window_mode="random", seed=3),
     "e2mc_dither_standardize": lambda: E2MCRegularizer(1, 1, dither=0.1, reference_batch=8, standardize=True),
+    "own_terms": lambda: DoubledTerms(1000, 100),
     "vcreg": lambda: VCRegRegularizer(25, 1),
     "vcreg_hypersphere": lambda: VCRegRegularizer(25, 1, space="hypersphere"),
     "combined": lambda: CombinedRegularizer(

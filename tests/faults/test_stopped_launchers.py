@@ -1,10 +1,11 @@
-"""F6 under the real launchers: SIGTERM to one process or to the launcher, Ctrl-C to everything; and the same command again."""
+"""F6 under real launchers: SIGTERM to a process or the launcher, Ctrl-C to everything; and the same command again."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,14 @@ WORDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def as_started_from_a_shell() -> Iterator[None]:
+    """Processes in the background of a shell ignore SIGINT, and so do those that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(launcher: str, folder: Path) -> subprocess.Popen[str]:
     """A run in a process group of its own, as a shell starts it."""
     environment = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
@@ -45,7 +54,6 @@ def start(launcher: str, folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -169,6 +169,20 @@ def test_a_checkpoint_takes_the_place_of_a_damaged_one_of_its_step(tmp_path: Pat
     assert newest_whole_checkpoint(tmp_path) == (damaged, [])
 
 
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_neither(tmp_path: Path) -> None:
+    (old,) = write(tmp_path, 5)
+    old.rename(tmp_path / ".replaced-checkpoint-5")
+    assert find_checkpoint("auto", tmp_path) == (old, [])
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+def test_what_was_replaced_goes_once_the_new_one_is_there(tmp_path: Path) -> None:
+    (new,) = write(tmp_path, 5)
+    (tmp_path / ".replaced-checkpoint-5" / "part").mkdir(parents=True)
+    assert find_checkpoint("auto", tmp_path) == (new, [])
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
 def test_a_checkpoint_whose_place_cannot_be_taken_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (old,) = write(tmp_path, 5)
     rename = Path.rename
