@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def golden(test_data: Path) -> Callable[[str], tuple[dict[str, Any], dict[str, T
         return json.loads((folder / "values.json").read_text())[case], load_file(folder / f"{case}.safetensors")
 
     return read
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_are_heard() -> None:
+    """Tests that start in the background of a shell begin with SIGINT ignored, and a run then leaves it so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

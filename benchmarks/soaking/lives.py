@@ -217,6 +217,16 @@ def _environment(processes: int) -> dict[str, str]:
 
 
 def start_fork_server() -> None:
-    """Start the process that the workers of all lives are forked from."""
+    """Start the process that the workers of all lives are forked from.
+
+    What it says is dropped: of workers whose life was killed while they started, of semaphores that killed lives left.
+    """
     multiprocessing.set_forkserver_preload(["e2mc_hf.data.dataset"])
-    forkserver.ensure_running()
+    errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        os.close(nowhere)

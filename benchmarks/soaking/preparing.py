@@ -15,8 +15,6 @@ from benchmarks.soaking.training import Setup, digits, model_of
 def prepare(setup: Setup, *, uses_workers: bool) -> None:
     """Import, load and compute what every life needs."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Killed lives leave semaphores behind, which the tracker of this process removes at its end.
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     torch.set_num_threads(1)
     disable_progress_bar()
     if uses_workers:
