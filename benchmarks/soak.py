@@ -2,12 +2,15 @@
 
     python -m benchmarks.soak [--minutes 30] [--processes 2] [--num_workers 2] [--objective byol] [--output_dir DIR]
 
+Start it in the root of the repository, with OMP_NUM_THREADS=1.
+
 A ResNet of 0.4 million parameters learns SwAV with a queue (or BYOL with a teacher) and the E2MC regularizer from
 scanned digits, on the CPU. About once in 200 steps, at a random moment, one of these happens:
 
   kill           SIGKILL to one process or to all of them
-  kill at start  again while the run that goes on is being set up
-  terminate      SIGTERM to one process or to all of them; interrupt: SIGINT
+  kill at start  SIGKILL to all, and again while the run that goes on is being set up
+  terminate      SIGTERM to one process or to all of them
+  interrupt      SIGINT, likewise
   fail save      the operating system refuses a file of the next checkpoint (RLIMIT_FSIZE)
   flip a bit     SIGKILL, and a random bit of a random file of the newest checkpoint is another one
   lose worker    SIGKILL to a process that decodes images, if there are any

@@ -10,6 +10,8 @@ from benchmarks.soaking.training import Setup
 from e2mc_hf.training.checkpointing import checkpoints_of, step_of
 
 Watch = Callable[[Life], None]
+# Seconds without a step after which a life stands still.
+_STANDSTILL = 120.0
 
 
 class RunError(RuntimeError):
@@ -65,13 +67,16 @@ class Run:
         self.seconds_to_begin = time.monotonic() - started
         return self.life
 
-    def reach(self, step: int, timeout: float = 3600.0) -> None:
+    def reach(self, step: int) -> None:
         """Wait until so many steps are done.
 
         Raises:
-            RunError: If the life ends before.
+            RunError: If the life ends before, or stands still.
         """
-        self._wait(lambda: self.life.step >= step, timeout)
+        before = -1
+        while before < self.life.step < step and not self.life.is_over():
+            before = self.life.step
+            self._wait(lambda: self.life.step >= step, _STANDSTILL)
         if self.life.step < step or any(self.life.codes.values()):
             self.life.end()
             raise RunError(f"stopped at step {self.life.step}, codes {self.life.codes}:\n{self.life.said[-3000:]}")

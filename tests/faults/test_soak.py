@@ -93,7 +93,7 @@ def test_a_run_knows_what_it_must_have_saved(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("processes", "objective"), [("1", "swav"), ("2", "byol")])
 def test_a_short_soak_survives_all_and_is_exact(processes: str, objective: str) -> None:
-    options = [*("--minutes", "0.4", "--save_steps", "5", "--steps_per_fault", "12"), "--processes", processes]
+    options = [*("--minutes", "0.4", "--save_steps", "5", "--steps_per_fault", "8"), "--processes", processes]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", *options, "--objective", objective],
         cwd=ROOT,
@@ -106,4 +106,4 @@ def test_a_short_soak_survives_all_and_is_exact(processes: str, objective: str) 
     last = done.stdout.splitlines()[-1].split()
     assert [last[0], last[3], *last[6:]] == ["injected", "survived", "exact", "yes"], done.stdout + done.stderr[-3000:]
     assert last[1] == last[4]
-    assert int(last[1]) > 1
+    assert int(last[1]) > 0
