@@ -102,7 +102,7 @@ def test_table_of_the_input_pipeline_is_what_its_benchmark_printed() -> None:
         assert f"| {' | '.join(row)} |" in README
 
 
-@pytest.mark.parametrize("name", ["soak"])
+@pytest.mark.parametrize("name", ["distributed_criterion", "soak"])
 def test_page_of_benchmarks_shows_what_they_printed(name: str) -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     printed = (ROOT / "benchmarks" / f"{name}.txt").read_text(encoding="utf-8").strip()
